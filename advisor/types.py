@@ -1,0 +1,539 @@
+"""All records that flow between the stages; what each field means and in which unit.
+
+Goes in: nothing. Comes out: frozen, keyword-only structs that encode to JSON and refuse unknown fields.
+Never does: I/O, computation, defaults that hide a fact about the world.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Origin = Literal["probed", "declared", "assumed"]
+Severity = Literal["info", "warning", "error"]
+DataKind = Literal[
+    "instruction", "chat", "prompt_completion", "preference", "unpaired_preference", "raw_text",
+    "documents", "qa", "classification", "tool_calling", "reasoning_chat", "prompts",
+    "prompts_with_answers",
+]  # fmt: skip
+Objective = Literal["cpt", "sft", "dpo", "kto", "orpo", "simpo", "reward", "rloo", "grpo"]
+Verdict = Literal["train", "dont_train_yet", "fix_data_first", "change_plan", "change_model", "export_only"]
+Parallel = Literal["none", "ddp", "fsdp", "zero3"]
+CheckName = Literal[
+    "token_ids", "logits", "greedy_text", "chat_template", "special_tokens", "metadata", "tensors"
+]
+Value = str | int | float | bool | list[str] | dict[str, float] | None
+"""What a setting may hold in a plan, a recipe and `--set`."""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every record: immutable, named fields only, unknown fields refused on decoding."""
+
+
+class Band(Record, frozen=True, kw_only=True):
+    """A quantity with its uncertainty; the plan decides on `high`."""
+
+    low: float
+    expected: float
+    high: float
+
+
+class Finding(Record, frozen=True, kw_only=True):
+    """Something noticed about the machine or the data, with what to do about it."""
+
+    code: str
+    severity: Severity
+    message: str
+    count: int = 1
+    examples: tuple[str, ...] = ()
+    """Where it was seen, for data `row 17` or `file.jsonl line 17`, at most five."""
+    remedy: str = ""
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+class Accelerator(Record, frozen=True, kw_only=True):
+    """One kind of accelerator; `count` says how many of it the machine has."""
+
+    name: str
+    vendor: Literal["nvidia", "amd", "apple", "intel"]
+    memory_bytes: int
+    """Total memory of one device."""
+    free_bytes: int
+    """Free memory of the fullest device now; equals `memory_bytes` when declared."""
+    compute_capability: str | None = None
+    supports_bf16: bool = True
+    count: int = 1
+    kb_id: str | None = None
+    """Key of the kb/hardware entry, when the name is known there."""
+    driver: str | None = None
+    mig: bool = False
+
+
+class Volume(Record, frozen=True, kw_only=True):
+    """Free space of the file system behind a path."""
+
+    role: Literal["output", "cache"]
+    path: str
+    free_bytes: int
+
+
+class Hardware(Record, frozen=True, kw_only=True):
+    """The machine that will train."""
+
+    accelerators: tuple[Accelerator, ...] = ()
+    ram_bytes: int
+    """Installed memory or the cgroup's limit, whichever is smaller."""
+    ram_free_bytes: int
+    cpu_cores: int
+    """Cores this process may use: affinity and cgroup quota applied."""
+    cpu_name: str = ""
+    cpu_features: tuple[str, ...] = ()
+    """Instruction sets that change the advice: avx2, avx512f, avx512_bf16, amx_bf16, ..."""
+    volumes: tuple[Volume, ...] = ()
+    os: str = ""
+    origin: Origin = "probed"
+    findings: tuple[Finding, ...] = ()
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+class ModelShape(Record, frozen=True, kw_only=True):
+    """Dimensions of a decoder-only transformer."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    full_attention_layers: int | None = None
+    """Layers that attend over the whole context; None means all."""
+    experts: int = 0
+    experts_per_token: int = 0
+
+
+class ModelSpec(Record, frozen=True, kw_only=True):
+    """A model that can be tuned, known from kb/, from its config.json or from the hub."""
+
+    id: str
+    revision: str | None = None
+    path: str | None = None
+    """Local folder, when the model lies on this machine."""
+    family: str = ""
+    architecture: str
+    """`architectures[0]` of config.json, for example LlamaForCausalLM."""
+    model_type: str
+    shape: ModelShape
+    parameters: int
+    active_parameters: int | None = None
+    """Parameters used per token, where it differs (mixture of experts)."""
+    context_tokens: int
+    instruct: bool = True
+    licence: str | None = None
+    commercial: bool | None = None
+    """True: commercial use allowed (perhaps with conditions); None: unknown."""
+    licence_note: str = ""
+    gated: bool = False
+    languages: tuple[str, ...] = ()
+    chat_template: str | None = None
+    """The Jinja source, where it was read."""
+    has_chat_template: bool = True
+    fp16_safe: bool = True
+    gguf_architecture: str | None = None
+    weight_dtype: str = "bfloat16"
+    source: str
+    """kb/sources.toml key, or `config.json` when it was read from the model itself."""
+    verified: bool = True
+    findings: tuple[Finding, ...] = ()
+
+
+# --- the data ------------------------------------------------------------------------------------
+
+
+class Histogram(Record, frozen=True, kw_only=True):
+    """Token lengths of rows: `counts[i]` rows have at most `edges[i]` tokens (and more than `edges[i-1]`)."""
+
+    edges: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+class DatasetProfile(Record, frozen=True, kw_only=True):
+    """What a dataset holds, probed from the file or declared in a scenario."""
+
+    name: str
+    origin: Origin
+    kind: DataKind
+    rows: int = 0
+    path: str | None = None
+    """File, folder or hub id."""
+    sha256: str | None = None
+    bytes: int | None = None
+    format: str | None = None
+    """json, jsonl, csv, tsv, parquet, text."""
+    columns: tuple[str, ...] = ()
+    mapping: dict[str, str] = {}
+    """Canonical role -> column, for example prompt -> instruction, context -> input."""
+    mean_tokens: float | None = None
+    p50_tokens: int | None = None
+    p95_tokens: int | None = None
+    max_tokens: int | None = None
+    lengths: Histogram | None = None
+    tokens_measured: bool = False
+    """True when counted with the model's own tokenizer; False when estimated from characters."""
+    mean_supervised_tokens: float | None = None
+    languages: tuple[str, ...] = ()
+    classes: int | None = None
+    tasks: int | None = None
+    task_rows: tuple[int, ...] = ()
+    tenants: int | None = None
+    holdout_rows: int | None = None
+    duplicate_fraction: float | None = None
+    mixed_templates: bool = False
+    has_tools_column: bool | None = None
+    on_policy: bool | None = None
+    positive_fraction: float | None = None
+    pair_similarity: float | None = None
+    baseline_pass_rate: float | None = None
+    role: Literal["train", "earlier_task"] = "train"
+    findings: tuple[Finding, ...] = ()
+
+
+# --- the wish ------------------------------------------------------------------------------------
+
+
+class Goal(Record, frozen=True, kw_only=True):
+    """What the person wants, in their words and as far as it was understood."""
+
+    text: str = ""
+    deploy: str = ""
+    """Where the model must run afterwards, in the person's words."""
+    priorities: tuple[str, ...] = ()
+    context_tokens: int | None = None
+    commercial: bool | None = None
+    must_not_forget: bool = False
+    requested_method: str | None = None
+    storage_per_task_kb: float | None = None
+    max_hours: float | None = None
+    max_disk_bytes: int | None = None
+    model_state: Literal["own_sft", "merged", "has_adapter"] | None = None
+    force: bool = False
+
+
+class Scenario(Record, frozen=True, kw_only=True):
+    """Everything that planning needs, whether probed or declared."""
+
+    hardware: Hardware
+    model: str
+    """`auto`, a hub id, a path or any words."""
+    spec: ModelSpec | None = None
+    """The model read from its folder or hub entry; None lets the recommender look `model` up in kb/."""
+    datasets: tuple[DatasetProfile, ...] = ()
+    goal: Goal = Goal()
+    overrides: dict[str, Value] = {}
+    """`--set key=value`: obeyed, shown and warned about when outside the sourced range."""
+
+
+# --- the estimate --------------------------------------------------------------------------------
+
+
+class MemorySettings(Record, frozen=True, kw_only=True):
+    """What decides the memory of one training step; the input of the estimator."""
+
+    tuner: str = "lora"
+    objective: str = "sft"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Compute precision (autocast); `weight_bits` says how the base is stored."""
+    weight_bits: Literal[4, 8, 16, 32] = 16
+    micro_batch: int = 1
+    seq_len: int = 2048
+    gradient_checkpointing: bool = True
+    checkpoint_every: int = 1
+    optimizer: str = "adamw_torch"
+    lora_r: int = 16
+    target: str = "all-linear"
+    attention: Literal["flash", "sdpa", "eager"] = "sdpa"
+    loss: Literal["full_logits", "chunked"] = "chunked"
+    packed: bool = False
+    double_quant: bool = True
+    virtual_tokens: int = 0
+    bottleneck: int = 0
+    generations: int = 0
+    completion_tokens: int = 0
+    gpus: int = 1
+    shard: Literal["none", "fsdp", "zero3"] = "none"
+    offload: bool = False
+    device: Literal["cuda", "cpu", "mps"] = "cuda"
+
+
+class Part(Record, frozen=True, kw_only=True):
+    """One part of the memory, with the formula it came from."""
+
+    name: str
+    bytes: int
+    formula: str
+    source: str
+
+
+class MemoryEstimate(Record, frozen=True, kw_only=True):
+    """Peak memory of one training process on its fullest device."""
+
+    phase: str
+    """The phase with the peak: load, forward, backward, optimizer, evaluation, generation, save."""
+    parts: tuple[Part, ...]
+    allocated_bytes: Band
+    reserved_bytes: Band
+    peak_bytes: Band
+    """What the device loses, context included; a plan decides on `peak_bytes.high`."""
+    trainable_parameters: int
+    engine: Literal["closed_form", "trace"] = "closed_form"
+    notes: tuple[str, ...] = ()
+    """What was unknown and widened the band."""
+
+
+class TimeEstimate(Record, frozen=True, kw_only=True):
+    """How long training takes."""
+
+    steps: int
+    seconds_per_step: Band
+    seconds: Band
+    tokens_per_second: Band
+    notes: tuple[str, ...] = ()
+
+
+# --- the plan (schema ftadvisor.plan/1; field names are the contract's) --------------------------
+
+
+class Why(Record, frozen=True, kw_only=True):
+    """The reason and the source (kb/sources.toml key) of one setting."""
+
+    reason: str
+    source: str
+
+
+class StageEstimate(Record, frozen=True, kw_only=True):
+    """What a stage costs."""
+
+    peak_bytes: Band
+    parts: dict[str, int]
+    seconds: Band
+    disk_bytes: int
+    phase: str = ""
+    trainable_parameters: int = 0
+
+
+class Stage(Record, frozen=True, kw_only=True):
+    """One objective with its settings."""
+
+    objective: Objective
+    program: str
+    """Folder under recipes/ that runs it."""
+    settings: dict[str, Value]
+    why: dict[str, Why]
+    estimate: StageEstimate
+    datasets: tuple[str, ...] = ()
+    """Names of the datasets this stage trains on."""
+
+
+class PlanModel(Record, frozen=True, kw_only=True):
+    """The chosen model, as the contract shows it."""
+
+    id: str
+    parameters: int
+    licence: str | None
+    revision: str | None = None
+    path: str | None = None
+    architecture: str = ""
+    model_type: str = ""
+    instruct: bool = True
+    has_chat_template: bool = True
+    gated: bool = False
+
+
+class ExportPlan(Record, frozen=True, kw_only=True):
+    """Whether and how the result becomes a file that runs offline."""
+
+    feasible: bool
+    format: str
+    route: str
+    quant: str
+    file_bytes: int
+    reason: str = ""
+
+
+class PlanWarning(Record, frozen=True, kw_only=True):
+    """A risk that the person must or should know."""
+
+    code: str
+    severity: Literal["must", "should"]
+    message: str
+    remedy: str
+    source: str
+
+
+class Alternative(Record, frozen=True, kw_only=True):
+    """Something else worth doing."""
+
+    code: str
+    message: str
+
+
+class Candidate(Record, frozen=True, kw_only=True):
+    """One way that was considered, with what speaks for and against it."""
+
+    method: str
+    verdict: Literal["chosen", "possible", "rejected"]
+    score: float
+    reasons: tuple[str, ...]
+    model: str = ""
+    objectives: tuple[str, ...] = ()
+    precision: str = ""
+    weight_bits: int = 16
+    parallel: Parallel = "none"
+    peak_bytes: Band | None = None
+
+
+class Plan(Record, frozen=True, kw_only=True):
+    """The advice: written as plan.json and printed by `plan --json`."""
+
+    schema: str = "ftadvisor.plan/1"
+    ok: bool = True
+    verdict: Verdict
+    method: str
+    task_kind: str
+    stages: tuple[Stage, ...]
+    model: PlanModel | None
+    parallel: Parallel
+    export: ExportPlan | None
+    warnings: tuple[PlanWarning, ...]
+    alternatives: tuple[Alternative, ...]
+    candidates: tuple[Candidate, ...]
+    summary: str = ""
+    """One paragraph in plain words: what, why, risk."""
+    assumptions: tuple[str, ...] = ()
+    """What was not told and therefore assumed, and how the goal was understood."""
+    hardware: Hardware | None = None
+    datasets: tuple[DatasetProfile, ...] = ()
+    goal: Goal = Goal()
+
+
+# --- the recipe ----------------------------------------------------------------------------------
+
+
+class RecipeDataset(Record, frozen=True, kw_only=True):
+    """One dataset of a recipe: where it lies, what it held when the plan was made."""
+
+    name: str
+    path: str
+    kind: DataKind
+    sha256: str | None = None
+    mapping: dict[str, str] = {}
+    format: str | None = None
+
+
+class RecipeModel(Record, frozen=True, kw_only=True):
+    """The base model of a recipe."""
+
+    id: str
+    path: str | None = None
+    revision: str | None = None
+
+
+class Recipe(Record, frozen=True, kw_only=True):
+    """All that a program needs to train one stage; a person may read, edit and run it again."""
+
+    version: int = 1
+    program: str
+    objective: Objective
+    tuner: str
+    model: RecipeModel
+    datasets: tuple[RecipeDataset, ...]
+    settings: dict[str, Value]
+    seed: int = 42
+    packages: dict[str, str] = {}
+    """Versions that were installed when the recipe was written; information, not a constraint."""
+
+
+# --- run, export, verification -------------------------------------------------------------------
+
+
+class RunReport(Record, frozen=True, kw_only=True):
+    """What happened: report.json (schema ftadvisor.report/1)."""
+
+    schema: str = "ftadvisor.report/1"
+    ok: bool
+    status: Literal["done", "failed", "interrupted", "refused"]
+    recipe_sha256: str
+    program: str
+    method: str
+    steps: int
+    steps_planned: int
+    seconds: float
+    predicted_peak_bytes: Band | None
+    measured_peak_bytes: int | None
+    tokens_per_second: float | None
+    first_loss: float | None
+    last_loss: float | None
+    heldout_loss_before: float | None
+    heldout_loss_after: float | None
+    supervised_tokens: int | None
+    trainable_parameters: int | None
+    artefacts: dict[str, str]
+    """name -> path relative to the run folder: adapter, model, checkpoint."""
+    decisions: tuple[str, ...] = ()
+    packages: dict[str, str] = {}
+    error: str | None = None
+    remedy: str | None = None
+
+
+class ExportedFile(Record, frozen=True, kw_only=True):
+    """One file that an export wrote."""
+
+    path: str
+    kind: Literal["gguf", "merged", "lora_gguf", "modelfile", "card"]
+    quant: str | None
+    bytes: int
+    sha256: str
+    bits_per_weight: float | None = None
+    mix: dict[str, int] = {}
+    """tensor type -> number of tensors: the true mix, fall-backs included."""
+
+
+class Export(Record, frozen=True, kw_only=True):
+    """What an export produced."""
+
+    schema: str = "ftadvisor.export/1"
+    ok: bool = True
+    source: str
+    files: tuple[ExportedFile, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Check(Record, frozen=True, kw_only=True):
+    """One comparison between the trained model and the file."""
+
+    name: CheckName
+    passed: bool
+    measured: dict[str, float | int | str | bool | None]
+    bound: dict[str, float | int | str | bool | None]
+    evidence: str
+
+
+class Verification(Record, frozen=True, kw_only=True):
+    """The proof: verification.json (schema ftadvisor.verification/1)."""
+
+    schema: str = "ftadvisor.verification/1"
+    ok: bool = True
+    passed: bool
+    gguf: str
+    against: str
+    quant: str
+    checks: tuple[Check, ...]
