@@ -1,4 +1,4 @@
-"""All records that flow between the stages; what each field means and in which unit.
+"""All records that flow between the stages, and those of kb/; what each field means and in which unit.
 
 Goes in: nothing. Comes out: frozen, keyword-only structs that encode to JSON and refuse unknown fields.
 Never does: I/O, computation, defaults that hide a fact about the world.
@@ -537,3 +537,194 @@ class Verification(Record, frozen=True, kw_only=True):
     against: str
     quant: str
     checks: tuple[Check, ...]
+
+
+# --- the knowledge base (kb/*.toml; the table name in the file is the key) ------------------------
+
+
+class Source(Record, frozen=True, kw_only=True):
+    """Where a fact was read: one table of kb/sources.toml."""
+
+    title: str
+    reference: str
+    """Repository and commit, paper id, or document; never a package registry."""
+    checked: str
+    """ISO date of the last reading."""
+    verified: bool = True
+    """False: from memory or second hand; a lead."""
+
+
+class AcceleratorFacts(Record, frozen=True, kw_only=True):
+    """One table of kb/hardware/<vendor>.toml."""
+
+    name: str
+    vendor: Literal["nvidia", "amd", "apple", "intel"]
+    aliases: tuple[str, ...] = ()
+    generation: str = ""
+    memory_gib: float
+    """For Apple: the unified memory of the usual configuration."""
+    compute_capability: str | None = None
+    bf16: bool
+    flash_attention: bool
+    bitsandbytes: bool
+    tflops: float | None = None
+    """Dense 16-bit matrix rate with 32-bit accumulation."""
+    bandwidth_gb_per_s: float | None = None
+    source: str
+    checked: str
+    verified: bool = True
+    note: str = ""
+
+
+class ModelFacts(Record, frozen=True, kw_only=True):
+    """One table of kb/models/<family>.toml; the key is the hub id."""
+
+    family: str
+    architecture: str
+    model_type: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    full_attention_layers: int | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    parameters: int
+    active_parameters: int | None = None
+    context_tokens: int
+    instruct: bool
+    base_of: str | None = None
+    """Hub id of the instruct twin, for a base model."""
+    licence: str
+    commercial: bool
+    licence_note: str = ""
+    gated: bool
+    languages: tuple[str, ...] = ("en",)
+    strengths: tuple[str, ...] = ()
+    """Task words this model is good at: reasoning, code, tool_calling, multilingual, ..."""
+    released: str = ""
+    """Year-month; between equals, the recommender prefers the newer."""
+    recommend: bool = True
+    """False: known, but never chosen for `auto`."""
+    fp16_safe: bool = True
+    gguf_architecture: str | None = None
+    source: str
+    checked: str
+    verified: bool = True
+    note: str = ""
+
+
+class Quantisation(Record, frozen=True, kw_only=True):
+    """One table of kb/quantisations.toml; the key is llama.cpp's name."""
+
+    bits_per_weight: float
+    perplexity_increase_percent: float | None = None
+    """On a 70B model, where the source gives it."""
+    small_model_log_ratio: float | None = None
+    """ln(perplexity ratio) on a 2B model, where the source gives it."""
+    kl_mean: float | None = None
+    plain: str
+    minimum_parameters: int = 0
+    """Below this size the planner does not choose it by itself."""
+    source: str
+    checked: str
+    verified: bool = True
+
+
+class WarningFacts(Record, frozen=True, kw_only=True):
+    """One table of kb/warnings.toml; the key is the code. Texts may hold {placeholders}."""
+
+    severity: Literal["must", "should"]
+    message: str
+    remedy: str
+    source: str
+    checked: str
+
+
+class Failure(Record, frozen=True, kw_only=True):
+    """One table of kb/failures.toml: what a failing run looks like and what helps."""
+
+    signature: str
+    causes: tuple[str, ...]
+    remedies: tuple[str, ...]
+    source: str
+    checked: str
+    verified: bool = True
+
+
+class Topic(Record, frozen=True, kw_only=True):
+    """One table of kb/topics.toml: a term or setting explained by `ftadvisor explain`."""
+
+    title: str
+    plain: str
+    """For a newcomer, two or three sentences."""
+    exact: str
+    """For a specialist: definition, range, effect."""
+    see: tuple[str, ...] = ()
+    source: str
+    checked: str
+    verified: bool = True
+
+
+class ObjectiveFacts(Record, frozen=True, kw_only=True):
+    """kb/methods/<id>.toml: a training objective. `plain` and `exact` are shown by explain."""
+
+    title: str
+    plain: str
+    exact: str
+    program: str
+    """Folder under recipes/ that trains it."""
+    data_kinds: tuple[DataKind, ...]
+    needs_policy: bool = False
+    """True: starts from a model that already follows instructions (sft first for a base)."""
+    settings: dict[str, Value] = {}
+    """Defaults of this objective beyond the learning rate."""
+    learning_rate: dict[str, LearningRate]
+    """tuner group -> learning rate: full, lora, and others by tuner id."""
+    source: str
+    checked: str
+    verified: bool = True
+
+
+class LearningRate(Record, frozen=True, kw_only=True):
+    """A sourced learning rate with the range that its sources span."""
+
+    value: float
+    low: float
+    high: float
+    source: str
+    note: str = ""
+
+
+class TunerFacts(Record, frozen=True, kw_only=True):
+    """kb/tuners/<id>.toml: how the weights move."""
+
+    title: str
+    plain: str
+    exact: str
+    group: str
+    """Learning-rate group: full, lora, or its own id."""
+    quantised_base: bool = False
+    mergeable: bool = True
+    needs_native_bias: bool = False
+    gradient_checkpointing: bool = True
+    packing: bool = True
+    adds_latency: bool = False
+    gguf: Literal["merged", "merged_or_lora", "virtual_tokens", "none"]
+    gguf_note: str = ""
+    settings: dict[str, Value] = {}
+    """Defaults of this tuner: lora_r, lora_alpha, target, virtual_tokens, ..."""
+    quality: float
+    """Share of the best method's gain kept, by the cross-method benchmark named in `source`; 0 to 1."""
+    forgetting: float
+    """Relative forgetting by the same benchmark; 0 is none."""
+    source: str
+    checked: str
+    verified: bool = True

@@ -1,0 +1,131 @@
+"""Reads kb/*.toml into records, once for a process; every fact about the world comes from here.
+
+Goes in: the kb folder, and a person's overlay of the same layout (environment variable FTADVISOR_KB), whose
+tables win. Comes out: `Knowledge`. Never does: judge; guess a missing field; accept an unknown key.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from advisor.errors import KnowledgeError
+from advisor.resources import kb_dir, kb_overlay_dir
+from advisor.types import (
+    AcceleratorFacts,
+    Failure,
+    ModelFacts,
+    ObjectiveFacts,
+    Quantisation,
+    Record,
+    Source,
+    Topic,
+    TunerFacts,
+    WarningFacts,
+)
+
+T = TypeVar("T")
+
+
+class Knowledge(Record, frozen=True, kw_only=True):
+    """All of kb/, decoded. Mappings keep the order of the files (sorted by name) and tables."""
+
+    sources: dict[str, Source]
+    accelerators: dict[str, AcceleratorFacts]
+    models: dict[str, ModelFacts]
+    objectives: dict[str, ObjectiveFacts]
+    tuners: dict[str, TunerFacts]
+    quantisations: dict[str, Quantisation]
+    warnings: dict[str, WarningFacts]
+    failures: dict[str, Failure]
+    topics: dict[str, Topic]
+    rules: dict[str, dict[str, Any]]
+    """File name under kb/rules/ -> its tables; each rule function names the keys that it reads."""
+
+
+@functools.cache
+def load() -> Knowledge:
+    """Return the knowledge base of this installation, with the person's overlay on top.
+
+    Raises:
+        KnowledgeError: a file is not TOML, a key is unknown or missing, or a named source does not exist.
+    """
+    return read(*[folder for folder in (kb_dir(), kb_overlay_dir()) if folder is not None])
+
+
+def read(*folders: Path) -> Knowledge:
+    """Read one kb folder, or several of which the later ones win, and check every source key."""
+    knowledge = Knowledge(
+        sources=_tables(folders, "sources.toml", Source),
+        accelerators=_tables(folders, "hardware/*.toml", AcceleratorFacts),
+        models=_tables(folders, "models/*.toml", ModelFacts),
+        objectives=_files(folders, "methods/*.toml", ObjectiveFacts),
+        tuners=_files(folders, "tuners/*.toml", TunerFacts),
+        quantisations=_tables(folders, "quantisations.toml", Quantisation),
+        warnings=_tables(folders, "warnings.toml", WarningFacts),
+        failures=_tables(folders, "failures.toml", Failure),
+        topics=_tables(folders, "topics.toml", Topic),
+        rules=_files(folders, "rules/*.toml", dict[str, Any]),
+    )
+    _check_sources(knowledge)
+    return knowledge
+
+
+def _paths(folders: tuple[Path, ...], pattern: str) -> list[Path]:
+    return [path for folder in folders for path in sorted(folder.glob(pattern))]
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+        raise KnowledgeError(f"{path} cannot be read: {problem}", "Mend the file or remove it.") from problem
+
+
+def _convert(value: object, kind: type[T], where: str) -> T:
+    try:
+        return msgspec.convert(value, type=kind)
+    except msgspec.ValidationError as problem:
+        raise KnowledgeError(f"{where}: {problem}", "See advisor/types.py for the fields.") from problem
+
+
+def _tables(folders: tuple[Path, ...], pattern: str, kind: type[T]) -> dict[str, T]:
+    found: dict[str, T] = {}
+    for path in _paths(folders, pattern):
+        for key, table in _parse(path).items():
+            found[key] = _convert(table, kind, f"{path} [{key}]")
+    return found
+
+
+def _files(folders: tuple[Path, ...], pattern: str, kind: type[T]) -> dict[str, T]:
+    return {path.stem: _convert(_parse(path), kind, str(path)) for path in _paths(folders, pattern)}
+
+
+def _named_sources(value: object, where: str) -> list[tuple[str, str]]:
+    """Return (place, source key) for every `source` field inside a record or mapping."""
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
+    if isinstance(value, (list, tuple)):
+        return [hit for i, item in enumerate(value) for hit in _named_sources(item, f"{where}[{i}]")]
+    if not isinstance(value, dict):
+        return []
+    hits = []
+    for key, item in value.items():
+        if key == "source" and isinstance(item, str):
+            hits.append((where, item))
+        else:
+            hits += _named_sources(item, f"{where}.{key}")
+    return hits
+
+
+def _check_sources(knowledge: Knowledge) -> None:
+    for section in knowledge.__struct_fields__:
+        for where, key in _named_sources(getattr(knowledge, section), section):
+            if key not in knowledge.sources:
+                raise KnowledgeError(
+                    f"{where}: source {key!r} is not in kb/sources.toml.", "Add it there, or name another."
+                )
