@@ -1,0 +1,5 @@
+"""Lets `python -m advisor` start the command line."""
+
+from advisor.cli.main import main
+
+main()

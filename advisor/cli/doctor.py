@@ -1,0 +1,46 @@
+"""`ftadvisor doctor`: is everything there and does it work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import typer
+
+from advisor import __version__
+from advisor.cli.options import Json
+from advisor.cli.output import print_json, print_text
+from advisor.intake import cache_dir
+from advisor.probe.hardware import probe_hardware
+from advisor.probe.software import doctor_findings, installed_packages
+from advisor.types import Finding, Hardware
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+
+class DoctorAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of `doctor --json`; `ok` is false when a finding is an error."""
+
+    schema: str = "ftadvisor.doctor/1"
+    ok: bool
+    version: str = __version__
+    packages: dict[str, str]
+    hardware: Hardware
+    findings: tuple[Finding, ...]
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check that everything needed is installed and works; exit 1 when something must be mended."""
+    machine = probe_hardware(output=Path.cwd(), cache=cache_dir())
+    findings = (*machine.findings, *doctor_findings(machine))
+    ok = all(finding.severity != "error" for finding in findings)
+    packages = installed_packages()
+    if as_json:
+        print_json(DoctorAnswer(ok=ok, packages=packages, hardware=machine, findings=findings))
+    else:
+        from advisor.ui import render
+
+        print_text(render.hardware(machine), render.packages(packages), render.findings(findings))
+    if not ok:
+        raise typer.Exit(1)

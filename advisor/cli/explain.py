@@ -1,0 +1,44 @@
+"""`ftadvisor explain [TOPIC]`: a method, a setting, a warning, a term or a run folder, with sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from advisor.cli.options import Json
+from advisor.cli.output import print_json, print_text
+from advisor.explain import explain as explain_topic
+from advisor.knowledge import load
+from advisor.storage import read_record
+from advisor.types import Explanation, Plan
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+
+class ExplainAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of `explain --json`."""
+
+    schema: str = "ftadvisor.explain/1"
+    ok: bool = True
+    explanation: Explanation | Plan
+
+
+@app.command()
+def explain(
+    topic: Annotated[
+        str, typer.Argument(help="A term, or a run folder; without it, what there is.")
+    ] = "topics",
+    as_json: Json = False,
+) -> None:
+    """Explain a method, a setting, a warning, a term or a run folder, with its sources."""
+    plan_file = Path(topic) / "plan.json"
+    found = read_record(plan_file, Plan) if plan_file.is_file() else explain_topic(topic, load())
+    if as_json:
+        print_json(ExplainAnswer(explanation=found))
+        return
+    from advisor.ui import render
+
+    print_text(render.plan(found) if isinstance(found, Plan) else render.explanation(found))

@@ -1,0 +1,138 @@
+"""Starts the command that was asked for and turns every outcome into text and an exit code.
+
+Goes in: the command line. Comes out: the command's output; an error as two lines on standard error, or as
+the JSON envelope `ftadvisor.error/1` on standard output under --json. Never does: load what a command needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from advisor import __version__
+from advisor.errors import AdvisorError
+
+COMMANDS = {
+    "demo": "The whole way on the embedded model: plan, train, export, verify, chat.",
+    "wizard": "Answer a few questions, see the plan and its reasons, start it.",
+    "plan": "Recommend a method for your data and machine and write a run folder.",
+    "run": "Train a planned run; --resume continues exactly where it stopped.",
+    "export": "Write a run or a model folder as GGUF, merged weights or a Modelfile.",
+    "verify": "Prove that a GGUF file answers as the trained model does.",
+    "chat": "Talk to a GGUF file, offline.",
+    "probe": "Show what this machine has: accelerators, memory, cores, disk.",
+    "inspect": "Show what a dataset holds and what is wrong with it.",
+    "estimate": "Predict the memory and time of a training step.",
+    "explain": "Explain a method, a setting, a warning or a term, with sources.",
+    "doctor": "Check that everything needed is installed and works.",
+    "runs": "List the run folders below a folder, or show one.",
+}
+
+
+class LazyGroup(TyperGroup):
+    """Knows its commands by name and imports a command's module only to run it or to show its help."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the command names in the order of the usual way."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import `advisor.cli.<name>` and return its command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"advisor.cli.{cmd_name}")
+        command = typer.main.get_command(module.app)
+        command.name = cmd_name
+        return command
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Name the nearest command when the given one does not exist."""
+        self.commands = dict.fromkeys(COMMANDS)  # type: ignore[arg-type]  # only the names are read
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands with their one-line help, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _version(*, value: bool) -> None:
+    if value:
+        typer.echo(f"ftadvisor {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="From your GPU and your data to a verified model file that runs offline.",
+    epilog="Start with `ftadvisor demo` or `ftadvisor wizard`. Exit codes: 0 done, 1 failed, 2 usage, "
+    "3 refused (does not fit, or must not be done as asked), 130 interrupted. "
+    "Add --debug to any command for a traceback.",
+)
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(  # noqa: FBT001 - typer passes options by keyword
+        False,
+        "--version",
+        callback=lambda value: _version(value=value),
+        is_eager=True,
+        help="Print the version.",
+    ),
+) -> None:
+    pass
+
+
+def _report(message: str, remedy: str, code: str, *, as_json: bool) -> None:
+    if as_json:
+        envelope = {
+            "schema": "ftadvisor.error/1",
+            "ok": False,
+            "code": code,
+            "message": message,
+            "remedy": remedy,
+        }
+        print(json.dumps(envelope, ensure_ascii=False))
+        return
+    print(f"Error: {message}", file=sys.stderr)
+    if remedy:
+        print(f"Next:  {remedy}", file=sys.stderr)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        arguments: what followed `ftadvisor`; `--debug` may stand anywhere and asks for tracebacks.
+    """
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    as_json = "--json" in arguments
+    try:
+        outcome = app(arguments or ["--help"], prog_name="ftadvisor", standalone_mode=False)
+    except AdvisorError as error:
+        if debug:
+            raise
+        _report(error.message, error.remedy, error.code, as_json=as_json)
+        return error.exit_status
+    except typer.TyperException as error:
+        command = f"ftadvisor {arguments[0]}" if arguments[:1] and arguments[0] in COMMANDS else "ftadvisor"
+        _report(error.format_message(), f"{command} --help", "usage", as_json=as_json)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        _report("Interrupted.", "", "interrupted", as_json=as_json)
+        return 130
+    return outcome if isinstance(outcome, int) else 0
+
+
+def main() -> None:
+    """Entry point of the `ftadvisor` command."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,36 @@
+"""`ftadvisor probe`: what this machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import typer
+
+from advisor.cli.options import HardwareOption, Json, Out
+from advisor.cli.output import print_json, print_text
+from advisor.intake import Inputs, hardware_of
+from advisor.knowledge import load
+from advisor.types import Hardware
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+
+class ProbeAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of `probe --json`."""
+
+    schema: str = "ftadvisor.probe/1"
+    ok: bool = True
+    hardware: Hardware
+
+
+@app.command()
+def probe(hardware: HardwareOption = None, out: Out = None, as_json: Json = False) -> None:
+    """Show what this machine has: accelerators, memory, cores, disk."""
+    found = hardware_of(Inputs(hardware=hardware, out=str(out or Path.cwd())), load())
+    if as_json:
+        print_json(ProbeAnswer(hardware=found))
+        return
+    from advisor.ui.render import hardware as draw
+
+    print_text(draw(found))

@@ -1,0 +1,44 @@
+"""`ftadvisor run PLAN_DIR`: train a planned run, export it, prove the export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advisor.cli.options import Json, Offline
+from advisor.cli.output import print_json, print_text
+from advisor.run.supervisor import run_plan
+from advisor.types import RunReport
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+
+@app.command()
+def run(
+    folder: Annotated[
+        Path, typer.Argument(help="Run folder written by `ftadvisor plan`.", show_default=False)
+    ],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue exactly where it stopped.")] = False,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Train a planned run; Ctrl-C saves a checkpoint and stops, --resume goes on."""
+    report = train(folder, resume=resume, offline=offline, quiet=as_json)
+    if as_json:
+        print_json(report)
+    else:
+        from advisor.ui.render import report as draw
+
+        print_text(draw(report), f"Next: ftadvisor export {folder}")
+
+
+def train(folder: Path, *, resume: bool, offline: bool, quiet: bool) -> RunReport:
+    """Run the training of a folder with the live view, or silently."""
+    if quiet:
+        return run_plan(folder, resume=resume, on_event=lambda _: None, offline=offline)
+    from advisor.ui.live import RunView
+
+    with RunView(folder) as view:
+        return run_plan(folder, resume=resume, on_event=view.show, offline=offline)

@@ -1,0 +1,96 @@
+"""Makes a run folder from a plan and finds run folders; the only place that knows how they are named.
+
+Goes in: a plan, its recipes, a place. Comes out: a folder with plan.json and one recipe a stage. Never does:
+overwrite a folder that is in use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from advisor.errors import RefusedError
+from advisor.recipe import encode
+from advisor.storage import read_record, write_atomic, write_json
+from advisor.types import Plan, Recipe, Record, RunReport
+
+
+class RunState(Record, frozen=True, kw_only=True):
+    """One run folder at a glance."""
+
+    folder: str
+    model: str
+    method: str
+    objectives: tuple[str, ...]
+    status: str
+    """planned, running or unfinished, done, failed, interrupted, refused."""
+    steps: int = 0
+    steps_planned: int | None = None
+    last_loss: float | None = None
+    gguf_files: tuple[str, ...] = ()
+
+
+def default_name(plan: Plan, now: datetime) -> str:
+    """Return `ftadvisor-<model>-<method>-<objectives>-<time>`, safe as a file name."""
+    model = plan.model.id.rsplit("/", 1)[-1] if plan.model else "model"
+    objectives = "-".join(stage.objective for stage in plan.stages)
+    words = f"ftadvisor-{model}-{plan.method}-{objectives}-{now:%Y%m%d-%H%M%S}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", words).lower()
+
+
+def recipe_names(plan: Plan) -> list[str]:
+    """Return the recipe file names of a plan's stages, in order."""
+    if len(plan.stages) == 1:
+        return ["recipe.yaml"]
+    return [f"recipe-{number}-{stage.objective}.yaml" for number, stage in enumerate(plan.stages, start=1)]
+
+
+def create_run_folder(folder: Path, plan: Plan, recipes: tuple[Recipe, ...]) -> Path:
+    """Write plan.json and the recipes into a new or empty folder.
+
+    Raises:
+        RefusedError: the folder is already in use.
+        DiskError: it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RefusedError(
+            f"{folder} already exists and is not empty.",
+            f"Choose another folder with --out, or go on with it: ftadvisor run {folder} --resume",
+            code="folder_in_use",
+        )
+    write_json(folder / "plan.json", plan)
+    for name, recipe in zip(recipe_names(plan), recipes, strict=True):
+        write_atomic(folder / name, encode(recipe))
+    return folder
+
+
+def find_runs(root: Path) -> Iterator[Path]:
+    """Yield the run folders in `root`: itself, or those at most two levels below, by name."""
+    for pattern in ("plan.json", "*/plan.json", "*/*/plan.json"):
+        for path in sorted(root.glob(pattern)):
+            yield path.parent
+
+
+def read_state(folder: Path) -> RunState:
+    """Return the state of one run folder.
+
+    Raises:
+        InputError: plan.json or report.json cannot be decoded.
+    """
+    plan = read_record(folder / "plan.json", Plan, remedy=f"Plan again, or remove {folder}.")
+    report_file = folder / "report.json"
+    report = read_record(report_file, RunReport) if report_file.is_file() else None
+    started = (folder / "events.jsonl").is_file()
+    return RunState(
+        folder=str(folder),
+        model=plan.model.id if plan.model else "",
+        method=plan.method,
+        objectives=tuple(stage.objective for stage in plan.stages),
+        status=report.status if report else "unfinished" if started else "planned",
+        steps=report.steps if report else 0,
+        steps_planned=report.steps_planned if report else None,
+        last_loss=report.last_loss if report else None,
+        gguf_files=tuple(str(path) for path in sorted(folder.glob("export/*.gguf"))),
+    )

@@ -1,0 +1,1 @@
+"""What a person sees and answers; the only users of rich and questionary."""

@@ -1,0 +1,29 @@
+"""Makes the console that everything is printed on: colour only where it is wanted, plain when piped.
+
+Goes in: which stream. Comes out: a rich console. Never does: print.
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.theme import Theme
+
+THEME = Theme(
+    {
+        "good": "green",
+        "warn": "yellow",
+        "bad": "bold red",
+        "head": "bold cyan",
+        "key": "cyan",
+        "quiet": "dim",
+    }
+)
+"""Base colours only, so that dark and light terminals show them in their own shades."""
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Return a console; NO_COLOR, TERM=dumb and pipes are honoured by rich. Piped text is not wrapped at 80."""
+    console = Console(stderr=stderr, theme=THEME, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(stderr=stderr, theme=THEME, highlight=False, width=max(console.width, 100))
+    return console

@@ -1,0 +1,96 @@
+"""Shows a run while it trains: a live line on a terminal, plain lines elsewhere.
+
+Goes in: the events of a run, as they come. Comes out: text. Never does: decide.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from advisor.ui.console import make_console
+from advisor.units import format_bytes, format_count, format_seconds
+
+PLAIN_LINES = 20
+"""Without a terminal, a run prints about this many step lines."""
+
+
+class RunView:
+    """Context manager that draws events; `show` takes one event as it is in events.jsonl."""
+
+    def __init__(self, folder: Path) -> None:
+        self._console = make_console()
+        self._folder = folder
+        self._progress = Progress(
+            TextColumn("[key]{task.description}[/key]"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+            auto_refresh=self._console.is_terminal,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> RunView:
+        self._console.print(f"Training in {self._folder}. Ctrl-C saves a checkpoint and stops.")
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Draw one event; unknown ones are ignored, since programs may write more than a person needs."""
+        if event["event"] == "step":
+            self._step(event)
+        else:
+            text = describe(event)
+            if text:
+                self._console.print(text, markup=False)
+
+    def _step(self, event: dict[str, Any]) -> None:
+        step, total = int(event["step"]), int(event["total"])
+        note = step_note(event)
+        if not self._console.is_terminal:
+            every = max(1, total // PLAIN_LINES)
+            if step % every == 0 or step in (1, total):
+                self._console.print(f"step {step}/{total} {note}", markup=False)
+            return
+        if self._task is None:
+            self._task = self._progress.add_task("train", total=total, note="")
+        self._progress.update(self._task, completed=step, total=total, note=note)
+
+
+def step_note(event: dict[str, Any]) -> str:
+    """Return what a step event says, for example `loss 1.23, 410 tok/s, 2 min left, 1.2 GiB`."""
+    words = []
+    if event.get("loss") is not None:
+        words.append(f"loss {event['loss']:.3f}")
+    if event.get("tokens_per_second"):
+        words.append(f"{event['tokens_per_second']:.0f} tok/s")
+    if event.get("seconds_remaining") is not None:
+        words.append(f"{format_seconds(event['seconds_remaining'])} left")
+    if event.get("memory_bytes"):
+        words.append(format_bytes(event["memory_bytes"]))
+    return ", ".join(words)
+
+
+def describe(event: dict[str, Any]) -> str:
+    """Return one line for an event that a person should see, else an empty text."""
+    name = event["event"]
+    if name == "data":
+        total = format_count(event.get("supervised_tokens", 0))
+        return f"Loss on answers only: {total} trained tokens in {event.get('rows', 0)} rows."
+    if name == "heldout" and event.get("loss") is not None:
+        return f"Held-out loss {event.get('when', '')}: {event['loss']:.3f}"
+    if name == "checkpoint":
+        return f"Checkpoint at step {event.get('step')}."
+    if name in ("note", "warning", "decision"):
+        return str(event.get("message", ""))
+    return ""

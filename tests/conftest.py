@@ -1,0 +1,21 @@
+"""Blocks the network in the tests and in every process they start; only loopback is allowed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+BLOCK = Path(__file__).parent / "blocked"
+sys.path.insert(0, str(BLOCK))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import network_block  # noqa: E402 - found only after the path is set
+
+network_block.install()
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(BLOCK), os.environ.get("PYTHONPATH", "")]))
+os.environ["NO_COLOR"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+for name in ("FTADVISOR_KB", "HF_TOKEN", "HF_ENDPOINT"):
+    os.environ.pop(name, None)
