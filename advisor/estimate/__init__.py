@@ -1,0 +1,1 @@
+"""Pure arithmetic on records: what a plan costs in memory, time and disk."""

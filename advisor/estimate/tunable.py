@@ -1,0 +1,123 @@
+"""How many parameters does a tuner train, and with which extra weights beside the model?
+
+Goes in: a ModelSpec and MemorySettings. Comes out: exact counts, equal to what PEFT or requires_grad gives.
+Never does: import PEFT; count for a tuner it does not know (it says so).
+"""
+
+from __future__ import annotations
+
+from advisor.errors import UnknownNameError
+from advisor.estimate.layers import Layout, Linear, layout, targeted
+from advisor.types import MemorySettings, ModelSpec
+
+LOW_RANK = frozenset({"lora", "qlora", "rslora", "pissa", "dora", "adalora"})
+VIRTUAL = frozenset({"prompt_tuning", "p_tuning", "prefix_tuning"})
+TUNERS = LOW_RANK | VIRTUAL | {"full", "ia3", "bitfit", "layernorm", "adapter", "vera", "classifier_head"}
+ALIASES = {
+    "prompt": "prompt_tuning", "prefix": "prefix_tuning", "ptuning": "p_tuning", "ln_tuning": "layernorm",
+    "layer_norm": "layernorm", "bottleneck": "adapter", "houlsby": "adapter", "ia_3": "ia3",
+}  # fmt: skip
+IA3_QUERY_VALUE = frozenset({"qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"})
+LN_TUNED = frozenset({"input_layernorm", "post_attention_layernorm"})
+
+
+def tuner_name(tuner: str) -> str:
+    """Return the tuner's id with underscores, other common names resolved.
+
+    Raises:
+        UnknownNameError: nothing of that name is known here.
+    """
+    plain = tuner.lower().replace("-", "_")
+    plain = ALIASES.get(plain, plain)
+    if plain not in TUNERS:
+        raise UnknownNameError("tuner", tuner, TUNERS, "ftadvisor explain tuners")
+    return plain
+
+
+def trainable_parameters(spec: ModelSpec, settings: MemorySettings) -> int:
+    """Return how many parameters the tuner trains; the exact count of PEFT for exact layouts.
+
+    Args:
+        spec: the model.
+        settings: tuner, target, lora_r, virtual_tokens and bottleneck are read.
+
+    Raises:
+        UnknownNameError: the tuner is not known.
+    """
+    return count(spec, layout(spec), settings)
+
+
+def count(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
+    """Like `trainable_parameters`, with the layout at hand."""
+    tuner = tuner_name(settings.tuner)
+    head = spec.shape.hidden if settings.objective == "reward" else 0
+    if tuner == "full":
+        return plan.parameters - (plan.head if settings.objective == "reward" else 0) + head
+    if tuner in LOW_RANK:
+        return (
+            plan.blocks * sum(_low_rank(tuner, one, settings.lora_r) for one in _targets(plan, settings))
+            + head
+        )
+    if tuner in VIRTUAL:
+        return _virtual(tuner, spec, settings) + head
+    return _small(tuner, spec, plan, settings) + head
+
+
+def _targets(plan: Layout, settings: MemorySettings) -> tuple[Linear, ...]:
+    return targeted(plan.linears, settings.target)
+
+
+def _low_rank(tuner: str, linear: Linear, rank: int) -> int:
+    pair = rank * (linear.inputs + linear.outputs)
+    return pair + {"dora": linear.outputs, "adalora": rank}.get(tuner, 0)
+
+
+def _virtual(tuner: str, spec: ModelSpec, settings: MemorySettings) -> int:
+    hidden, tokens = spec.shape.hidden, settings.virtual_tokens
+    if tuner == "prefix_tuning":
+        return tokens * spec.shape.layers * 2 * spec.shape.kv_heads * spec.shape.head_dim
+    if tuner == "p_tuning":
+        return tokens * hidden + 3 * (hidden * hidden + hidden)
+    return tokens * hidden
+
+
+def _small(tuner: str, spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
+    if tuner == "ia3":
+        return plan.blocks * sum(_ia3(one, settings) for one in _ia3_targets(spec, plan, settings))
+    if tuner == "layernorm":
+        if spec.model_type == "gpt2":
+            return plan.blocks * plan.block_norms + plan.final_norm
+        tuned = sum(entries for name, entries in plan.norm_entries if name in LN_TUNED)
+        return plan.blocks * tuned + plan.final_norm
+    if tuner == "bitfit":
+        return _biases(spec, plan)
+    if tuner == "vera":
+        return plan.blocks * sum(settings.lora_r + one.outputs for one in _targets(plan, settings))
+    if tuner == "classifier_head":
+        return spec.shape.hidden
+    per_adapter = 2 * settings.bottleneck * spec.shape.hidden + settings.bottleneck + spec.shape.hidden
+    return plan.blocks * 2 * per_adapter
+
+
+def _ia3_targets(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> tuple[Linear, ...]:
+    """PEFT's own choice, unless modules are named: keys or queries, values, and what leads out of the MLP."""
+    if settings.target not in ("all-linear", "default"):
+        return _targets(plan, settings)
+    first = "q_proj" if spec.model_type in IA3_QUERY_VALUE else "k_proj"
+    return targeted(plan.linears, f"{first},v_proj,down_proj,qkv_proj,c_attn,mlp.c_proj")
+
+
+def _ia3(linear: Linear, settings: MemorySettings) -> int:
+    """A scale for each output; for what leads out of the MLP (and into it, when named), for each input."""
+    feedforward = linear.name in ("down_proj", "mlp.c_proj")
+    return linear.inputs if feedforward else linear.outputs
+
+
+def _biases(spec: ModelSpec, plan: Layout) -> int:
+    """Biases that the model has; where it has none, those that are added to every linear layer."""
+    native = plan.blocks * plan.block_biases
+    if spec.model_type == "gpt2":
+        return native + plan.blocks * plan.block_norms // 2 + plan.final_norm // 2
+    if native:
+        return native
+    return plan.blocks * sum(one.outputs for one in plan.linears)
