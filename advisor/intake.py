@@ -108,7 +108,7 @@ def model_spec(inputs: Inputs, knowledge: Knowledge) -> ModelSpec:
 
 
 def cache_dir() -> Path:
-    """Return the folder where downloaded models are kept (environment variable HF_HOME, else the usual one)."""
+    """Return the folder where downloaded models are kept: HF_HOME, or the hub's usual place."""
     return Path(os.environ.get("HF_HOME", platformdirs.user_cache_path("huggingface")))
 
 

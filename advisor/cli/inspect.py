@@ -31,7 +31,7 @@ def inspect(
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a dataset holds and what is wrong with it; --model counts tokens with that model's tokenizer."""
+    """Show what a dataset holds and what is wrong with it; --model names whose tokenizer counts."""
     inputs = inputs_of(model=model, data=data, offline=offline)
     profiles = profiles_of(inputs, load(), notifier(quiet=as_json))
     if as_json:

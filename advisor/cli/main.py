@@ -80,7 +80,7 @@ app = typer.Typer(
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(  # noqa: FBT001 - typer passes options by keyword
+    version: bool = typer.Option(
         False,
         "--version",
         callback=lambda value: _version(value=value),

@@ -27,11 +27,11 @@ from advisor.cli.options import (
     inputs_of,
 )
 from advisor.cli.output import notifier, print_json, print_text
+from advisor.cli.planning import require_trainable, write_plan
 from advisor.intake import gather, require_data
 from advisor.knowledge import load
 from advisor.plan import make_plan
 from advisor.ui.render import plan as draw
-from advisor.cli.planning import require_trainable, write_plan
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 

@@ -22,7 +22,7 @@ THEME = Theme(
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Return a console; NO_COLOR, TERM=dumb and pipes are honoured by rich. Piped text is not wrapped at 80."""
+    """Return a console; rich honours NO_COLOR, TERM=dumb and pipes. Piped text has at least 100 columns."""
     console = Console(stderr=stderr, theme=THEME, highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console = Console(stderr=stderr, theme=THEME, highlight=False, width=max(console.width, 100))

@@ -1,0 +1,119 @@
+"""`ftadvisor wizard`: questions, the plan with its reasons, and the start."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from advisor.cli.export import export as export_command
+from advisor.cli.options import Json, Offline, Out
+from advisor.cli.output import notifier, print_json, print_text
+from advisor.cli.planning import write_plan
+from advisor.cli.run import train
+from advisor.errors import UsageError
+from advisor.intake import gather, hardware_of, profiles_of, require_data
+from advisor.knowledge import Knowledge, load
+from advisor.plan import make_plan
+from advisor.types import Plan
+from advisor.ui import render
+from advisor.ui.questions import Answer, inputs_from
+from advisor.ui.wizard import ask_all, decide, load_answers, require_terminal, save_draft, show_plan
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+
+class WizardAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of `wizard --answers FILE --json`."""
+
+    schema: str = "ftadvisor.wizard/1"
+    ok: bool = True
+    folder: str | None
+    plan: Plan
+
+
+@app.command()
+def wizard(
+    answers: Annotated[
+        Path | None,
+        typer.Option("--answers", help="YAML file with answers; what it lacks is asked.", show_default=False),
+    ] = None,
+    expert: Annotated[bool, typer.Option("--expert", help="Show every setting and candidate.")] = False,
+    out: Out = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a few questions, see the plan and its reasons, start it."""
+    knowledge = load()
+    given = load_answers(answers)
+    if as_json and answers is None:
+        raise UsageError("--json needs --answers FILE.", "ftadvisor wizard --answers FILE --json")
+    if as_json or not require_terminal(given):
+        _replay(given, knowledge, out=out, offline=offline, as_json=as_json, expert=expert)
+        return
+    print_text(render.hardware(hardware_of(inputs_from({}), knowledge)))
+    defaults: dict[str, Answer] = {}
+    while True:
+        given = ask_all(
+            given, defaults, lambda key, so_far: _show_found(key, so_far, knowledge, offline=offline)
+        )
+        inputs = msgspec.structs.replace(inputs_from(given), offline=offline)
+        made = make_plan(gather(inputs, knowledge, notifier(quiet=False)), knowledge)
+        show_plan(made, given, expert=expert)
+        decision = decide(made, given)
+        if decision == "all settings":
+            expert = True
+            show_plan(made, given, expert=True)
+            decision = decide(made, given)
+        if decision == "change":
+            given, defaults = {}, given
+            continue
+        break
+    if decision == "stop":
+        save_draft(given)
+        return
+    folder = write_plan(made, out, datetime.now())
+    print_text(f"Written to {folder}")
+    if decision == "write":
+        print_text(f"Next: ftadvisor run {folder}")
+        return
+    print_text(render.report(train(folder, resume=False, offline=offline, quiet=False)))
+    export_command(folder, offline=offline)
+    print_text(f"Next: ftadvisor chat {folder}/export/FILE.gguf")
+
+
+def _replay(
+    given: dict[str, Answer],
+    knowledge: Knowledge,
+    *,
+    out: Path | None,
+    offline: bool,
+    as_json: bool,
+    expert: bool,
+) -> None:
+    """Make and write the plan of an answers file without asking anything."""
+    require_terminal(given)
+    inputs = msgspec.structs.replace(inputs_from(given), offline=offline)
+    scenario = gather(inputs, knowledge, notifier(quiet=as_json))
+    made = make_plan(scenario, knowledge)
+    require_data(scenario)
+    folder = write_plan(made, out, datetime.now()) if made.stages and made.verdict == "train" else None
+    if as_json:
+        print_json(WizardAnswer(folder=str(folder) if folder else None, plan=made))
+        return
+    show_plan(made, given, expert=expert)
+    print_text(f"Written to {folder}\nNext: ftadvisor run {folder}" if folder else "Nothing was written.")
+
+
+def _show_found(key: str, given: dict[str, Answer], knowledge: Knowledge, *, offline: bool) -> None:
+    """Show what an answer led to, so that a wrong one is noticed at once."""
+    inputs = msgspec.structs.replace(inputs_from(given), offline=offline)
+    if key == "hardware" and inputs.hardware:
+        print_text(render.hardware(hardware_of(inputs, knowledge)))
+    if key == "data":
+        for profile in profiles_of(inputs, knowledge, notifier(quiet=False)):
+            print_text(render.dataset(profile))
+
