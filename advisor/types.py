@@ -228,6 +228,30 @@ class Goal(Record, frozen=True, kw_only=True):
     force: bool = False
 
 
+class UnderstoodGoal(Record, frozen=True, kw_only=True):
+    """What a Goal was taken to mean, with the phrases that led there."""
+
+    task: str
+    """Task word: chat, style, classification, facts, ... or `instruction` when nothing was said."""
+    tasks: tuple[str, ...] = ()
+    """All task words found, the strongest first."""
+    deploy: str
+    """Key of kb/rules/deploy.toml: phone, laptop, offline, server, ... or `unstated`."""
+    device_bytes: int | None = None
+    """Memory of the device that will run it, where it was said or is usual for it."""
+    wants_gguf: bool = False
+    wishes: tuple[str, ...] = ()
+    """Constraints: commercial, must_not_forget, small, best, low_latency, ..."""
+    requested_method: str | None = None
+    """Tuner id asked for."""
+    requested_objective: str | None = None
+    """Objective id asked for."""
+    phrases: dict[str, str] = {}
+    """What was understood -> the words that led to it."""
+    unclear: tuple[str, ...] = ()
+    """What was not said and had to be assumed."""
+
+
 class Scenario(Record, frozen=True, kw_only=True):
     """Everything that planning needs, whether probed or declared."""
 
@@ -460,6 +484,26 @@ class Recipe(Record, frozen=True, kw_only=True):
     seed: int = 42
     packages: dict[str, str] = {}
     """Versions that were installed when the recipe was written; information, not a constraint."""
+
+
+class ProgramKey(Record, frozen=True, kw_only=True):
+    """One key that a training program accepts: recipes/<program>/program.toml."""
+
+    type: Literal["int", "float", "bool", "str", "list", "table"]
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    required: bool = False
+    doc: str = ""
+
+
+class Program(Record, frozen=True, kw_only=True):
+    """What a training program accepts."""
+
+    title: str = ""
+    objectives: tuple[str, ...] = ()
+    tuners: tuple[str, ...] = ()
+    keys: dict[str, ProgramKey]
 
 
 # --- run, export, verification -------------------------------------------------------------------
