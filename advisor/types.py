@@ -772,3 +772,19 @@ class TunerFacts(Record, frozen=True, kw_only=True):
     source: str
     checked: str
     verified: bool = True
+
+
+# --- explain ---------------------------------------------------------------------------------------
+
+
+class Explanation(Record, frozen=True, kw_only=True):
+    """What kb/ says about one topic."""
+
+    title: str
+    plain: str
+    """For a newcomer."""
+    exact: str = ""
+    """For a specialist."""
+    facts: tuple[tuple[str, str], ...] = ()
+    """Label and value, in the order to show them."""
+    sources: tuple[Source, ...] = ()
