@@ -1,0 +1,110 @@
+"""Which entry of kb/hardware does a name mean, and how do equal accelerators become one record?
+
+Goes in: names as drivers report them or people write them, the knowledge base. Comes out: keys, grouped
+records. Never does: look at the machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import msgspec
+
+from advisor.knowledge import Knowledge
+from advisor.types import Accelerator
+from advisor.units import from_gib, gib
+
+_MAKERS = {"nvidia", "geforce", "amd", "intel", "gpu", "graphics", "generation", "edition", "r", "tm"}
+_FORMS = re.compile(r"sxm\d*|pcie|oam|hbm\d*e?|nvl|gddr\d*x?")
+_SERIES = {"rtx", "gtx", "rx", "quadro", "tesla", "titan", "apple", "radeon", "instinct", "arc"}
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*gi?b\b", re.IGNORECASE)
+_MOBILE = re.compile(r"\b(?:mobile|max[ -]?q)\b", re.IGNORECASE)
+_LOOSE_MEMORY_SHARE = 0.2
+"""How far the memory may be off when only the bare number of a name agreed."""
+
+
+def match_accelerator(name: str, memory_bytes: int | None, knowledge: Knowledge) -> str | None:
+    """Return the key of the kb/hardware entry that a name means, or None when none does.
+
+    Case, dashes, the maker and the words NVIDIA GeForce do not count; a laptop's card stays another card.
+    Three rounds, the strictest first: the whole name; without the form factor (SXM, PCIe); without the
+    series (`3060` for `RTX 3060`). Of several entries the nearest in memory wins, the smaller when the memory
+    is not known.
+
+    Args:
+        name: as the driver reports it or a person writes it; a MIG instance counts as its card.
+        memory_bytes: total memory, or None to take what the name says (`A100 80GB`).
+        knowledge: the knowledge base.
+    """
+    card = re.split(r"\bMIG\b", name)[0]
+    if memory_bytes is None and (stated := _MEMORY.search(card)):
+        memory_bytes = from_gib(float(stated[1]))
+    words = _words(card)
+    entries = [
+        (key, _words(known))
+        for key, facts in knowledge.accelerators.items()
+        for known in (key, facts.name, *facts.aliases)
+    ]
+    for loose in (_whole, _without_form, _without_series):
+        wanted = loose(words)
+        keys = list(dict.fromkeys(key for key, known in entries if wanted and loose(known) == wanted))
+        if loose is _without_series:
+            keys = [
+                key for key in keys if _memory_agrees(memory_bytes, knowledge.accelerators[key].memory_gib)
+            ]
+        if keys:
+            return min(keys, key=lambda key: _distance(memory_bytes, knowledge.accelerators[key].memory_gib))
+    return None
+
+
+def supports_bf16(kb_id: str | None, compute_capability: str | None, knowledge: Knowledge) -> bool:
+    """Say whether bfloat16 is native: by the compute capability, else by kb/hardware, else no."""
+    if compute_capability is not None:
+        least: list[int] = knowledge.rules["probe"]["bf16"]["min_compute_capability"]
+        return [int(part) for part in compute_capability.split(".")] >= least
+    return knowledge.accelerators[kb_id].bf16 if kb_id is not None else False
+
+
+def grouped(single: Iterable[Accelerator]) -> tuple[Accelerator, ...]:
+    """Join equal accelerators into one record with their count and the free memory of the fullest.
+
+    The kind with the most memory comes first.
+    """
+    groups: dict[Accelerator, list[Accelerator]] = {}
+    for item in single:
+        groups.setdefault(msgspec.structs.replace(item, free_bytes=0), []).append(item)
+    joined = [
+        msgspec.structs.replace(
+            kind, count=sum(item.count for item in items), free_bytes=min(item.free_bytes for item in items)
+        )
+        for kind, items in groups.items()
+    ]
+    return tuple(sorted(joined, key=lambda item: item.memory_bytes, reverse=True))
+
+
+def _words(name: str) -> tuple[str, ...]:
+    plain = _MOBILE.sub(" laptop ", _MEMORY.sub(" ", re.sub(r"[-_/()]", " ", name)))
+    return tuple(word for word in re.findall(r"[a-z0-9.+]+", plain.lower()) if word not in _MAKERS)
+
+
+def _whole(words: tuple[str, ...]) -> str:
+    return "".join(words)
+
+
+def _without_form(words: tuple[str, ...]) -> str:
+    return "".join(word for word in words if not _FORMS.fullmatch(word))
+
+
+def _without_series(words: tuple[str, ...]) -> str:
+    # "rtx3060" and "rtx 3060" are the same card, so the series may be glued to the number.
+    text = "".join(word for word in words if not _FORMS.fullmatch(word) and word not in _SERIES)
+    return re.sub(rf"^(?:{'|'.join(sorted(_SERIES))})(?=\d)", "", text)
+
+
+def _memory_agrees(memory_bytes: int | None, known_gib: float) -> bool:
+    return memory_bytes is None or abs(gib(memory_bytes) - known_gib) <= _LOOSE_MEMORY_SHARE * known_gib
+
+
+def _distance(memory_bytes: int | None, known_gib: float) -> float:
+    return known_gib if memory_bytes is None else abs(gib(memory_bytes) - known_gib)
