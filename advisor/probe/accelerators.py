@@ -20,8 +20,8 @@ _FORMS = re.compile(r"sxm\d*|pcie|oam|hbm\d*e?|nvl|gddr\d*x?")
 _SERIES = {"rtx", "gtx", "rx", "quadro", "tesla", "titan", "apple", "radeon", "instinct", "arc"}
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*gi?b\b", re.IGNORECASE)
 _MOBILE = re.compile(r"\b(?:mobile|max[ -]?q)\b", re.IGNORECASE)
-_LOOSE_MEMORY_SHARE = 0.2
-"""How far the memory may be off when only the bare number of a name agreed."""
+_MEMORY_SHARE = 0.2
+"""How far a driver's total may be from the nominal memory of the same card: ECC and reserves take a part."""
 
 
 def match_accelerator(name: str, memory_bytes: int | None, knowledge: Knowledge) -> str | None:
@@ -29,8 +29,8 @@ def match_accelerator(name: str, memory_bytes: int | None, knowledge: Knowledge)
 
     Case, dashes, the maker and the words NVIDIA GeForce do not count; a laptop's card stays another card.
     Three rounds, the strictest first: the whole name; without the form factor (SXM, PCIe); without the
-    series (`3060` for `RTX 3060`). Of several entries the nearest in memory wins, the smaller when the memory
-    is not known.
+    series (`3060` for `RTX 3060`). Entries whose memory agrees go before all others; without that, the bare
+    number is not enough. Of several the nearest in memory wins, the smaller when the memory is not known.
 
     Args:
         name: as the driver reports it or a person writes it; a MIG instance counts as its card.
@@ -46,24 +46,26 @@ def match_accelerator(name: str, memory_bytes: int | None, knowledge: Knowledge)
         for key, facts in knowledge.accelerators.items()
         for known in (key, facts.name, *facts.aliases)
     ]
-    for loose in (_whole, _without_form, _without_series):
-        wanted = loose(words)
-        keys = list(dict.fromkeys(key for key, known in entries if wanted and loose(known) == wanted))
-        if loose is _without_series:
-            keys = [
-                key for key in keys if _memory_agrees(memory_bytes, knowledge.accelerators[key].memory_gib)
-            ]
+    fitting = [
+        (key, known)
+        for key, known in entries
+        if _memory_agrees(memory_bytes, knowledge.accelerators[key].memory_gib)
+    ]
+    rounds = (
+        (fitting, _whole), (fitting, _without_form), (fitting, _without_series),
+        (entries, _whole), (entries, _without_form),
+    )  # fmt: skip
+    for among, reduced in rounds:
+        wanted = reduced(words)
+        keys = [key for key, known in among if wanted and reduced(known) == wanted]
         if keys:
             return min(keys, key=lambda key: _distance(memory_bytes, knowledge.accelerators[key].memory_gib))
     return None
 
 
-def supports_bf16(kb_id: str | None, compute_capability: str | None, knowledge: Knowledge) -> bool:
-    """Say whether bfloat16 is native: by the compute capability, else by kb/hardware, else no."""
-    if compute_capability is not None:
-        least: list[int] = knowledge.rules["probe"]["bf16"]["min_compute_capability"]
-        return [int(part) for part in compute_capability.split(".")] >= least
-    return knowledge.accelerators[kb_id].bf16 if kb_id is not None else False
+def nvidia_bf16(compute_capability: str, knowledge: Knowledge) -> bool:
+    """Say whether bfloat16 is native at a compute capability, whatever the card is called."""
+    return float(compute_capability) >= float(knowledge.rules["platform"]["nvidia"]["bf16_from"])
 
 
 def grouped(single: Iterable[Accelerator]) -> tuple[Accelerator, ...]:
@@ -103,7 +105,7 @@ def _without_series(words: tuple[str, ...]) -> str:
 
 
 def _memory_agrees(memory_bytes: int | None, known_gib: float) -> bool:
-    return memory_bytes is None or abs(gib(memory_bytes) - known_gib) <= _LOOSE_MEMORY_SHARE * known_gib
+    return memory_bytes is None or abs(gib(memory_bytes) - known_gib) <= _MEMORY_SHARE * known_gib
 
 
 def _distance(memory_bytes: int | None, known_gib: float) -> float:

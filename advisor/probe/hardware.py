@@ -13,7 +13,7 @@ from pathlib import Path
 
 from advisor.knowledge import Knowledge, load
 from advisor.probe import host
-from advisor.probe.accelerators import grouped, match_accelerator, supports_bf16
+from advisor.probe.accelerators import grouped, match_accelerator
 from advisor.probe.nvidia import nvidia_accelerators
 from advisor.types import Accelerator, Finding, Hardware, Record
 from advisor.units import format_bytes, from_gib
@@ -80,6 +80,7 @@ def amd_accelerators(sys_root: Path, knowledge: Knowledge) -> tuple[list[Acceler
 
     A graphics unit inside the processor, told by its little memory, is only a finding.
     """
+    rules = knowledge.rules["platform"]
     accelerators: list[Accelerator] = []
     findings: list[Finding] = []
     for folder in sorted(sys_root.glob("class/drm/card*/device")):
@@ -103,7 +104,7 @@ def amd_accelerators(sys_root: Path, knowledge: Knowledge) -> tuple[list[Acceler
                 vendor="amd",
                 memory_bytes=total,
                 free_bytes=max(0, total - (_number(folder / "mem_info_vram_used") or 0)),
-                supports_bf16=supports_bf16(key, None, knowledge),
+                supports_bf16=knowledge.accelerators[key].bf16 if key else bool(rules["amd"]["bf16"]),
                 kb_id=key,
                 driver=_text(sys_root / "module" / "amdgpu" / "version") or None,
             )
@@ -114,16 +115,21 @@ def amd_accelerators(sys_root: Path, knowledge: Knowledge) -> tuple[list[Acceler
 def apple_accelerator(
     chip: str, ram_bytes: int, ram_free_bytes: int, knowledge: Knowledge
 ) -> Accelerator | None:
-    """Return the GPU of an Apple chip, which shares the computer's memory; None for an Intel Mac."""
+    """Return the GPU of an Apple chip; None for an Intel Mac.
+
+    It shares the computer's memory, of which macOS lets it use a part; a chip that kb/hardware does not know
+    is a newer one, and those have bfloat16.
+    """
     if not chip.startswith("Apple"):
         return None
     key = match_accelerator(chip, None, knowledge)
+    share = float(knowledge.rules["platform"]["apple"]["memory_share"])
     return Accelerator(
         name=chip,
         vendor="apple",
         memory_bytes=ram_bytes,
-        free_bytes=ram_free_bytes,
-        supports_bf16=supports_bf16(key, None, knowledge),
+        free_bytes=min(ram_free_bytes, round(share * ram_bytes)),
+        supports_bf16=knowledge.accelerators[key].bf16 if key else True,
         kb_id=key,
     )
 

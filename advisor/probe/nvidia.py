@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from advisor.knowledge import Knowledge
-from advisor.probe.accelerators import match_accelerator, supports_bf16
+from advisor.probe.accelerators import match_accelerator, nvidia_bf16
 from advisor.types import Accelerator, Finding, Record
 
 CHILD = Path(__file__).with_name("nvml_child.py")
@@ -304,7 +304,7 @@ def _accelerator(
         memory_bytes=own,
         free_bytes=free,
         compute_capability=device.compute_capability,
-        supports_bf16=supports_bf16(key, device.compute_capability, knowledge),
+        supports_bf16=nvidia_bf16(device.compute_capability, knowledge),
         kb_id=key,
         driver=driver,
         mig=mig,
