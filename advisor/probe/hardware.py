@@ -85,7 +85,7 @@ def amd_accelerators(sys_root: Path, knowledge: Knowledge) -> tuple[list[Acceler
     findings: list[Finding] = []
     for folder in sorted(sys_root.glob("class/drm/card*/device")):
         total = _number(folder / "mem_info_vram_total")
-        if _text(folder / "vendor") != "0x1002" or total is None or "-" in folder.parent.name:
+        if _text(folder / "vendor") != "0x1002" or total is None:
             continue
         name = _text(folder / "product_name") or f"AMD GPU {_text(folder / 'device')}".strip()
         if total < from_gib(knowledge.rules["probe"]["integrated_gpu"]["below_gib"]):

@@ -2,7 +2,8 @@
 
    FAKE_NVML_DEVICES    name|uuid|total MiB|used MiB|compute capability|mig (0 or 1), joined by ';'
    FAKE_NVML_INSTANCES  parent index|name|uuid|total MiB|used MiB, joined by ';'
-   FAKE_NVML_INIT       a number: the error of nvmlInit; or hang, crash, exit, chatter
+   FAKE_NVML_INIT       a number: the error of nvmlInit; or hang, crash, exit, chatter,
+                        or cores: fails unless core files are off
    FAKE_NVML_LOST       index of a device that fell off the bus
 
    A total of 0 MiB means that memory cannot be asked for, as on GPUs that share the computer's memory. */
@@ -11,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, GPU_IS_LOST = 15 };
@@ -65,6 +67,11 @@ int nvmlInitWithFlags(unsigned flags) {
         printf("NVML says {\n");
         fflush(stdout);
         return SUCCESS;
+    }
+    if (!strcmp(how, "cores")) {
+        struct rlimit limit;
+        getrlimit(RLIMIT_CORE, &limit);
+        return limit.rlim_cur == 0 ? SUCCESS : NOT_SUPPORTED;
     }
     return atoi(how);
 }

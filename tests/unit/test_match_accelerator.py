@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from advisor.knowledge import load
 from advisor.probe.accelerators import match_accelerator
 from advisor.units import from_gib
 from tests.unit.probe_knowledge import small_knowledge
@@ -80,3 +81,15 @@ def test_any_text_has_an_answer(name: str, memory: int | None) -> None:
 def test_an_empty_knowledge_base_knows_nothing() -> None:
     """Without entries there is no match."""
     assert match_accelerator("RTX 3060", None, msgspec.structs.replace(KNOWLEDGE, accelerators={})) is None
+
+
+def test_every_shipped_entry_finds_itself() -> None:
+    """In the shipped kb/hardware each name and alias, with the entry's memory, leads to that entry."""
+    shipped = load()
+    lost = {
+        (key, name): found
+        for key, facts in shipped.accelerators.items()
+        for name in (key, facts.name, *facts.aliases)
+        if (found := match_accelerator(name, from_gib(facts.memory_gib), shipped)) != key
+    }
+    assert lost == {}

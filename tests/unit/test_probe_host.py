@@ -242,7 +242,9 @@ def test_amd_cards_and_the_unit_inside_the_processor(roots: Roots) -> None:
     """AMD cards come with memory from /sys; a unit with little memory of its own is only a finding."""
     amd_card(roots, 0, 0.5, 0.1)
     amd_card(roots, 1, 24, 4, "AMD Radeon RX 7900 XTX")
-    roots.write(roots.sys / "class" / "drm" / "card1-DP-1" / "status", "connected\n")
+    connector = roots.sys / "class" / "drm" / "card1-DP-1"
+    connector.mkdir()
+    (connector / "device").symlink_to("../card1")  # as the kernel does it
     (card,), (finding,) = amd_accelerators(roots.sys, small_knowledge())
     assert (card.vendor, card.memory_bytes, card.free_bytes) == ("amd", 24 * GIB, 20 * GIB)
     assert (card.kb_id, card.supports_bf16) == ("rx-7900-xtx", True)
