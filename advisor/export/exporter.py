@@ -1,0 +1,246 @@
+"""Exports a trained model: which targets, in which order, with what notes.
+
+Goes in: a run folder or a Hugging Face folder. Comes out: files and export.json in the output folder.
+Never does: change the source; leave a half file; claim a type that a tensor does not have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from advisor.errors import ExportError, MissingPackageError, UnknownNameError, UsageError
+from advisor.export.adapter import Adapter, Merged, open_adapter
+from advisor.export.architecture import ModelPlan, plan_model
+from advisor.export.checkpoint import open_checkpoint, read_json
+from advisor.export.files import complete_file, need_space
+from advisor.export.gguf_file import Contents, check_complete, contents, planned_contents, write_gguf
+from advisor.export.lora_file import write_lora
+from advisor.export.merged_folder import merged_bytes, write_merged
+from advisor.export.modelfile import modelfile
+from advisor.export.native import run_llama
+from advisor.export.rules import checked_quants, rules
+from advisor.export.source import Trained, find_trained
+from advisor.export.tokenizer import Vocabulary, read_vocabulary
+from advisor.storage import file_sha256, write_atomic, write_json
+from advisor.types import Export, ExportedFile
+
+TARGETS = ("gguf", "merged", "modelfile", "lora-gguf")
+METADATA_BYTES = 64 << 20
+"""Room for the tokenizer and the metadata of one file in the disk check; a 256k vocabulary takes 20 MB."""
+Progress = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    """Say nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One export: what is exported and where to."""
+
+    trained: Trained
+    config: dict[str, Any]
+    adapter: Adapter | None
+    merged: Merged
+    out: Path
+    on_progress: Progress
+
+
+def export_model(
+    source: Path,
+    *,
+    to: Sequence[str] = ("gguf",),
+    quants: Sequence[str] = ("F16",),
+    out: Path | None = None,
+    offline: bool = False,
+    on_progress: Progress = _silent,
+) -> Export:
+    """Export a run folder or a Hugging Face folder.
+
+    Args:
+        source: What to export.
+        to: Some of `TARGETS`.
+        quants: GGUF quantisations, for example F16, Q8_0, Q4_K_M.
+        out: Folder for the files; None takes `export` in the source.
+        offline: Never ask the hub for the base model.
+        on_progress: Told in a few words what is being done.
+
+    Returns:
+        The files with their checksums, also written as export.json.
+
+    Raises:
+        UnknownNameError: a target or quantisation does not exist.
+        InputError: the source is not usable.
+        ExportError: the model cannot be exported as asked; the reason is given.
+        DiskError: not enough space (checked before), or the disk filled up.
+    """
+    targets, wanted = _checked(to, tuple(quants))
+    _need_packages()
+    trained = find_trained(source, offline=offline, on_progress=on_progress)
+    adapter = None if trained.adapter is None else open_adapter(Path(trained.adapter))
+    config = trained.config
+    tied = bool(config.get("tie_word_embeddings", False))
+    merged = Merged(open_checkpoint(Path(trained.base)), adapter, tied=tied)
+    job = Job(
+        trained=trained, config=config, adapter=adapter, merged=merged,
+        out=out or Path(trained.folder) / "export", on_progress=on_progress,
+    )  # fmt: skip
+    files, notes = _export(job, targets, wanted)
+    made = Export(source=str(source), files=tuple(files), notes=tuple(dict.fromkeys(notes)))
+    write_json(job.out / "export.json", made)
+    return made
+
+
+def _checked(to: Sequence[str], quants: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    for target in to:
+        if target not in TARGETS:
+            raise UnknownNameError("export target", target, TARGETS, f"Valid: {', '.join(TARGETS)}.")
+    wanted = checked_quants(quants)
+    if not to or ("gguf" in to and not wanted):
+        raise UsageError("Nothing was asked for.", "For example: --to gguf --quant F16,Q4_K_M")
+    if "modelfile" in to and "gguf" not in to:
+        raise UsageError("A Modelfile names a GGUF file.", "Ask for both: --to gguf,modelfile")
+    return tuple(dict.fromkeys(to)), wanted
+
+
+def _need_packages() -> None:
+    for module, package in (("gguf", "gguf"), ("llama_cpp", "llama-cpp-python")):
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackageError(package, "gguf")
+
+
+def _export(
+    job: Job, targets: tuple[str, ...], quants: tuple[str, ...]
+) -> tuple[list[ExportedFile], list[str]]:
+    files: list[ExportedFile] = []
+    notes: list[str] = []
+    if "merged" in targets:
+        need_space(job.out, merged_bytes(job.merged, job.config))
+        job.on_progress("writing the merged weights")
+        files += write_merged(job.out / f"{job.trained.name}-merged", job.trained, job.config, job.merged)
+    if "gguf" in targets:
+        plan = plan_model(job.config, own_head=job.merged.own_head)
+        check_complete(plan, job.merged)
+        vocabulary = read_vocabulary(Path(job.trained.tokenizer), Path(job.trained.base), rows=plan.vocab)
+        notes += [*plan.notes, *vocabulary.notes]
+        need_space(job.out, _gguf_bytes(plan, quants))
+        made = _write_quants(job, plan, vocabulary, quants)
+        files += made
+        if "modelfile" in targets:
+            files.append(_write_modelfile(job, made, vocabulary))
+    if "lora-gguf" in targets:
+        if job.adapter is None:
+            raise ExportError(
+                "There is no adapter: the whole model was trained.", "Export it with --to gguf instead."
+            )
+        path = job.out / f"{job.trained.name}-lora.gguf"
+        need_space(job.out, METADATA_BYTES)
+        job.on_progress("writing the LoRA adapter")
+        with complete_file(path) as aside:
+            write_lora(
+                aside, job.adapter, plan_model(job.config, own_head=True), tied=not job.merged.own_head
+            )
+        files.append(_file(path, "lora_gguf", quant="F32", found=None))
+    return files, notes
+
+
+def _gguf_bytes(plan: ModelPlan, quants: tuple[str, ...]) -> int:
+    """Return the space that all files and the intermediate need at the same time."""
+    facts = rules().quantisations
+    direct = [quant for quant in quants if quant in facts.direct]
+    total = sum(planned_contents(plan, quant).weight_bytes for quant in direct)
+    if len(direct) < len(quants):
+        start = planned_contents(plan, facts.intermediate).weight_bytes
+        total += start * (len(quants) - len(direct)) + (0 if facts.intermediate in direct else start)
+    return total + METADATA_BYTES * (len(quants) + 1)
+
+
+def _write_quants(
+    job: Job, plan: ModelPlan, vocabulary: Vocabulary, quants: tuple[str, ...]
+) -> list[ExportedFile]:
+    facts = rules().quantisations
+    made: dict[str, ExportedFile] = {}
+    for quant in (quant for quant in quants if quant in facts.direct):
+        job.on_progress(f"writing {quant}")
+        with complete_file(_path(job, quant)) as aside:
+            found = _write_direct(job, aside, plan, vocabulary, quant)
+        made[quant] = _file(_path(job, quant), "gguf", quant=quant, found=found)
+    rest = [quant for quant in quants if quant not in facts.direct]
+    if rest and facts.intermediate in made:
+        start = Path(made[facts.intermediate].path)
+        made |= {quant: _quantise(job, start, quant) for quant in rest}
+    elif rest:
+        start = _path(job, "start")
+        job.on_progress(f"writing the {facts.intermediate} file to quantise from")
+        try:
+            with complete_file(start) as aside:
+                _write_start(job, aside, plan, vocabulary)
+            made |= {quant: _quantise(job, start, quant) for quant in rest}
+        finally:
+            start.unlink(missing_ok=True)
+    return [made[quant] for quant in quants]
+
+
+def _path(job: Job, quant: str) -> Path:
+    stem = f".{job.trained.name}" if quant == "start" else job.trained.name
+    return job.out / f"{stem}-{quant}.gguf"
+
+
+def _write_direct(job: Job, path: Path, plan: ModelPlan, vocabulary: Vocabulary, quant: str) -> Contents:
+    return write_gguf(
+        path, plan=plan, merged=job.merged, vocabulary=vocabulary, quant=quant, name=job.trained.name,
+        on_progress=job.on_progress,
+    )  # fmt: skip
+
+
+def _write_start(job: Job, path: Path, plan: ModelPlan, vocabulary: Vocabulary) -> None:
+    """Write what llama.cpp quantises from: 16 bits, or F32 where those overflow."""
+    try:
+        _write_direct(job, path, plan, vocabulary, rules().quantisations.intermediate)
+    except ExportError as problem:
+        if problem.code != "f16_overflow":
+            raise
+        _write_direct(job, path, plan, vocabulary, "F32")
+
+
+def _quantise(job: Job, start: Path, quant: str) -> ExportedFile:
+    job.on_progress(f"quantising to {quant}")
+    path = _path(job, quant)
+    with complete_file(path) as aside:
+        run_llama({"do": "quantise", "source": str(start), "target": str(aside), "quant": quant})
+    return _file(path, "gguf", quant=quant, found=read_contents(path))
+
+
+def read_contents(path: Path) -> Contents:
+    """Return what a finished GGUF file holds."""
+    return contents(
+        (tuple(int(n) for n in reversed(tensor.shape)), tensor.tensor_type)
+        for tensor in gguf.GGUFReader(path).tensors
+    )
+
+
+def _write_modelfile(job: Job, made: list[ExportedFile], vocabulary: Vocabulary) -> ExportedFile:
+    """Write an Ollama Modelfile for the smallest of the files."""
+    best = min(made, key=lambda file: file.bytes)
+    settings = read_json(Path(job.trained.tokenizer) / "tokenizer_config.json")
+    path = job.out / "Modelfile"
+    write_atomic(path, modelfile(Path(best.path).name, vocabulary, settings).encode())
+    return _file(path, "modelfile", quant=None, found=None)
+
+
+def _file(path: Path, kind: Any, *, quant: str | None, found: Contents | None) -> ExportedFile:
+    return ExportedFile(
+        path=str(path),
+        kind=kind,
+        quant=quant,
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+        bits_per_weight=None if found is None else round(found.bits_per_weight, 3),
+        mix={} if found is None else found.mix,
+    )

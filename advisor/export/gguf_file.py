@@ -1,0 +1,203 @@
+"""Writes a GGUF file in one pass: metadata, tokenizer, tensors row by row from the merged weights.
+
+Goes in: the plan of the model, its weights, its vocabulary. Comes out: a file, and what it holds.
+Never does: hold more than one part of a tensor in memory; write under the final name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO
+
+import gguf
+
+from advisor.errors import ExportError
+from advisor.export.adapter import Merged
+from advisor.export.architecture import HEAD, ModelPlan, PlannedTensor, rope_tensor, row_order
+from advisor.export.encode import Type, encode_rows, row_bytes, type_for
+from advisor.export.rules import rules
+from advisor.export.tokenizer import Vocabulary
+from advisor.types import Record
+
+PART_BYTES = 16 << 20
+"""Rows are read and converted in parts of about this size (in float32)."""
+
+
+class Contents(Record, frozen=True, kw_only=True):
+    """What a GGUF file holds, in numbers."""
+
+    mix: dict[str, int]
+    """Tensor type -> number of tensors."""
+    weights: int
+    weight_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Return the mean over all tensors, vectors included."""
+        return 8 * self.weight_bytes / self.weights
+
+
+def check_complete(plan: ModelPlan, merged: Merged) -> None:
+    """Match the planned tensors with those of the checkpoint, both ways.
+
+    Raises:
+        ExportError: a tensor is missing, has another shape, or would be lost.
+    """
+    planned = {tensor.origin: tensor for tensor in plan.tensors}
+    ignored = rules().config.tensors_without_effect
+    left = {name for name in merged.names() - set(planned) if not name.endswith(ignored)}
+    if not merged.own_head:
+        left.discard(HEAD)
+    wrong = [f"{name} is missing" for name in planned if not merged.shape(name)]
+    wrong += [
+        f"{name} is {merged.shape(name)} instead of {tensor.shape}"
+        for name, tensor in planned.items()
+        if merged.shape(name) and merged.shape(name) != tensor.shape
+    ]
+    wrong += [f"{name} has no place in a {plan.architecture.gguf} GGUF" for name in sorted(left)]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ExportError(
+            f"The weights do not fit the architecture: {'; '.join(wrong[:4])}{more}.",
+            "The checkpoint is incomplete, or was changed in a way that llama.cpp cannot follow.",
+        )
+
+
+def contents(tensors: Iterable[tuple[tuple[int, ...], Type]]) -> Contents:
+    """Sum up tensors of given shapes and types."""
+    found = list(tensors)
+    return Contents(
+        mix=dict(Counter(kind.name for _, kind in found)),
+        weights=sum(math.prod(shape) for shape, _ in found),
+        weight_bytes=sum(_tensor_bytes(shape, kind) for shape, kind in found),
+    )
+
+
+def planned_contents(plan: ModelPlan, quant: str) -> Contents:
+    """Return what a directly written file will hold."""
+    shapes = [tensor.shape for tensor in plan.tensors]
+    if plan.rope_factors:
+        shapes.append((len(plan.rope_factors),))
+    return contents((shape, type_for(quant, shape)) for shape in shapes)
+
+
+def write_gguf(
+    path: Path,
+    *,
+    plan: ModelPlan,
+    merged: Merged,
+    vocabulary: Vocabulary,
+    quant: str,
+    name: str,
+    on_progress: Callable[[str], None],
+) -> Contents:
+    """Write a model in F32, F16, BF16 or Q8_0.
+
+    Raises:
+        ExportError: a weight is not finite or overflows.
+        OSError: the disk is full.
+    """
+    writer = gguf.GGUFWriter(path, plan.architecture.gguf)
+    try:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(name)
+        writer.add_file_type(_file_type(quant))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _add_metadata(writer, plan)
+        _add_vocabulary(writer, vocabulary)
+        extra = rope_tensor(plan)
+        if extra is not None:
+            writer.add_tensor_info(extra[0], extra[1].shape, extra[1].dtype, extra[1].nbytes, Type.F32)
+        for tensor in plan.tensors:
+            kind = type_for(quant, tensor.shape)
+            size = _tensor_bytes(tensor.shape, kind)
+            writer.add_tensor_info(tensor.name, tensor.shape, encode_dtype(kind), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if extra is not None:
+            writer.write_tensor_data(extra[1])
+        for number, tensor in enumerate(plan.tensors, start=1):
+            writer.write_tensor_data(_Stream(tensor, merged, type_for(quant, tensor.shape)))
+            if number % 50 == 0:
+                on_progress(f"{quant}: tensor {number} of {len(plan.tensors)}")
+    finally:
+        writer.close()
+    return planned_contents(plan, quant)
+
+
+def encode_dtype(kind: Type) -> str:
+    """Return a numpy type for the writer, which takes the shape as it is unless this is uint8."""
+    return "float16" if kind == Type.F16 else "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """What the writer takes for an array: it only asks for the size and to be put into the file."""
+
+    tensor: PlannedTensor
+    merged: Merged
+    kind: Type
+
+    @property
+    def nbytes(self) -> int:
+        return _tensor_bytes(self.tensor.shape, self.kind)
+
+    def tofile(self, file: IO[bytes]) -> None:
+        rows = self.tensor.shape[0]
+        columns = math.prod(self.tensor.shape[1:])
+        order = row_order(rows, self.tensor.heads) if self.tensor.heads else None
+        step = max(1, PART_BYTES // (4 * columns)) if len(self.tensor.shape) > 1 else rows
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            data = self.merged.rows(self.tensor.origin, part if order is None else order[part])
+            file.write(encode_rows(self.tensor.name, data, self.kind).tobytes())
+
+
+def _tensor_bytes(shape: tuple[int, ...], kind: Type) -> int:
+    return math.prod(shape[:-1]) * row_bytes(shape[-1], kind)
+
+
+def _file_type(quant: str) -> int:
+    name = "ALL_F32" if quant == "F32" else f"MOSTLY_{quant}"
+    return int(gguf.LlamaFileType[name])
+
+
+def _add_metadata(writer: gguf.GGUFWriter, plan: ModelPlan) -> None:
+    for key, value in plan.metadata.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_string(key, value)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.types))
+    writer.add_token_merges(list(vocabulary.merges))
+    writer.add_eos_token_id(vocabulary.eos)
+    writer.add_eot_token_id(vocabulary.eot)
+    if vocabulary.bos is not None:
+        writer.add_bos_token_id(vocabulary.bos)
+    if vocabulary.pad is not None:
+        writer.add_pad_token_id(vocabulary.pad)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+    if vocabulary.normaliser is not None:
+        writer.add_string(NORMALISER_KEY, vocabulary.normaliser)
+
+
+NORMALISER_KEY = "ftadvisor.tokenizer.normaliser"
+"""What `ftadvisor chat` does to a person's text before llama.cpp cuts it."""

@@ -1,0 +1,121 @@
+"""Runs llama.cpp in a process of its own, because it aborts the process on some inputs.
+
+Started by path, alone, with two arguments: a request (JSON) and the file for the answer. Goes in: what to do,
+`quantise` or `inspect`. Comes out: JSON, and arrays in an .npz beside it. Never does: import ftadvisor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+_ATTRIBUTES = {"control": llama_cpp.LLAMA_TOKEN_ATTR_CONTROL, "user": llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED}
+
+
+def quantise(request: dict[str, Any]) -> dict[str, Any]:
+    """Quantise one file into another with llama.cpp's own choice of types."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request['quant']}")
+    params.nthread = request["threads"]
+    params.allow_requantize = True
+    code = llama_cpp.llama_model_quantize(
+        request["source"].encode(), request["target"].encode(), ctypes.byref(params)
+    )
+    if code != 0:
+        raise RuntimeError(f"llama_model_quantize returned {code}")
+    return {}
+
+
+def inspect(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tokenise, render, score and continue as an application on llama.cpp would."""
+    model = llama_cpp.Llama(
+        request["gguf"],
+        n_ctx=request["context"],
+        n_batch=request["context"],
+        n_ubatch=request["context"],
+        n_threads=request["threads"],
+        n_threads_batch=request["threads"],
+        logits_all=True,
+        flash_attn=False,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        verbose=False,
+    )
+    vocab = model._model.vocab
+    answer: dict[str, Any] = {
+        "token_ids": [
+            model.tokenize(text.encode(), add_bos=False, special=True) for text in request["texts"]
+        ],
+        "with_bos": [
+            model.tokenize(text.encode(), add_bos=True, special=True) for text in request["with_bos"]
+        ],
+        "rendered": [_render(model, conversation) for conversation in request["conversations"]],
+        "ends": [i for i in range(model.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, i)],
+        "bos": llama_cpp.llama_vocab_bos(vocab),
+        "eos": llama_cpp.llama_vocab_eos(vocab),
+        "pad": llama_cpp.llama_vocab_pad(vocab),
+        "n_vocab": model.n_vocab(),
+    }
+    for kind, bit in _ATTRIBUTES.items():
+        answer[kind] = [i for i in range(model.n_vocab()) if llama_cpp.llama_vocab_get_attr(vocab, i) & bit]
+    arrays = {}
+    for number, ids in enumerate(request["sequences"]):
+        model.reset()
+        model.eval(ids)
+        arrays[str(number)] = np.array(model.scores[: len(ids)], dtype=np.float32)
+    answer["greedy"] = [_greedy(model, ids, request["greedy_tokens"]) for ids in request["prompts"]]
+    return answer, arrays
+
+
+def _render(model: llama_cpp.Llama, conversation: dict[str, Any]) -> str | None:
+    """Render the embedded template, or return None where it refuses."""
+    template = model.metadata.get("tokenizer.chat_template")
+    if template is None:
+        return None
+    eos, bos = model.token_eos(), model.token_bos()
+    formatter = Jinja2ChatFormatter(
+        template=template,
+        eos_token=model._model.token_get_text(eos) if eos != -1 else "",
+        bos_token=model._model.token_get_text(bos) if bos != -1 else "",
+        add_generation_prompt=conversation["generation_prompt"],
+    )
+    try:
+        return str(formatter(messages=conversation["messages"]).prompt)
+    except ValueError:
+        return None
+
+
+def _greedy(model: llama_cpp.Llama, ids: list[int], count: int) -> list[int]:
+    model.reset()
+    model.eval(ids)
+    found: list[int] = []
+    while len(found) < count:
+        token = int(np.argmax(model.scores[model.n_tokens - 1]))
+        found.append(token)
+        if llama_cpp.llama_vocab_is_eog(model._model.vocab, token) or len(found) == count:
+            break
+        model.eval([token])
+    return found
+
+
+def main() -> None:
+    """Read the request, do it, write the answer."""
+    request_file, answer_file = Path(sys.argv[1]), Path(sys.argv[2])
+    request = json.loads(request_file.read_text(encoding="utf-8"))
+    if request["do"] == "quantise":
+        answer = quantise(request)
+    else:
+        answer, arrays = inspect(request)
+        np.savez(answer_file.with_suffix(".npz"), **arrays)
+    answer_file.write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

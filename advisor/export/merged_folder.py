@@ -1,0 +1,101 @@
+"""Writes the trained model as an ordinary Hugging Face folder: safetensors, config, tokenizer.
+
+Goes in: base and adapter. Comes out: a folder that loads without peft. Never does: change the precision that
+the base is stored in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from advisor.export.adapter import Merged
+from advisor.export.architecture import HEAD
+from advisor.export.checkpoint import Floats
+from advisor.export.encode import Type, encode_rows
+from advisor.export.files import complete_folder
+from advisor.export.gguf_file import PART_BYTES
+from advisor.export.source import Trained
+from advisor.storage import encode_json, file_sha256
+from advisor.types import ExportedFile
+
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_COPIED = ("generation_config.json",)
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "chat_template.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+
+
+def _dtype(config: dict[str, Any]) -> str:
+    return _STORED.get(config.get("dtype") or config.get("torch_dtype") or "bfloat16", "F32")
+
+
+def _names(merged: Merged) -> list[str]:
+    names = merged.names() - ({HEAD} if not merged.own_head else set())
+    return sorted(names | ({HEAD} if merged.own_head else set()))
+
+
+def merged_bytes(merged: Merged, config: dict[str, Any]) -> int:
+    """Return the bytes of the weights."""
+    size = 4 if _dtype(config) == "F32" else 2
+    return sum(math.prod(merged.shape(name)) * size for name in _names(merged))
+
+
+def write_merged(
+    folder: Path, trained: Trained, config: dict[str, Any], merged: Merged
+) -> list[ExportedFile]:
+    """Write the folder, complete or not at all, and return its weights file.
+
+    Raises:
+        DiskError: the disk is full.
+        ExportError: a weight is not finite, or overflows.
+    """
+    with complete_folder(folder) as aside:
+        _write_weights(aside / "model.safetensors", merged, _dtype(config))
+        changed = {**config, "tie_word_embeddings": not merged.own_head}
+        (aside / "config.json").write_bytes(encode_json(changed))
+        for names, place in ((_COPIED, trained.base), (_TOKENIZER, trained.tokenizer)):
+            for name in names:
+                if (Path(place) / name).is_file():
+                    shutil.copyfile(Path(place) / name, aside / name)
+    path = folder / "model.safetensors"
+    return [
+        ExportedFile(
+            path=str(path), kind="merged", quant=None, bytes=path.stat().st_size, sha256=file_sha256(path)
+        )
+    ]
+
+
+def _write_weights(path: Path, merged: Merged, stored: str) -> None:
+    size = 4 if stored == "F32" else 2
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in _names(merged):
+        end = offset + math.prod(merged.shape(name)) * size
+        header[name] = {"dtype": stored, "shape": merged.shape(name), "data_offsets": (offset, end)}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in _names(merged):
+            shape = merged.shape(name)
+            step = max(1, PART_BYTES // (4 * max(1, math.prod(shape[1:]))))
+            for start in range(0, shape[0], step):
+                rows = merged.rows(name, slice(start, min(start + step, shape[0])))
+                file.write(_encode(name, rows, stored).tobytes())
+
+
+def _encode(name: str, rows: Floats, stored: str) -> npt.NDArray[Any]:
+    """Return the rows in the stored type; BF16 rounds to the nearest even value, as torch does."""
+    if stored != "BF16":
+        return encode_rows(name, rows, getattr(Type, stored))
+    bits = encode_rows(name, rows, Type.F32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -1,0 +1,110 @@
+"""The facts of kb/rules/gguf.toml as records: architectures, tokenizer patterns, quantisations.
+
+Goes in: the knowledge base. Comes out: `Rules`. Never does: accept a key that no exporter reads.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import msgspec
+
+from advisor.errors import KnowledgeError, UnknownNameError
+from advisor.knowledge import load
+from advisor.types import Record
+
+
+class Architecture(Record, frozen=True, kw_only=True):
+    """How one architecture of transformers maps to llama.cpp."""
+
+    gguf: str
+    permute: bool
+    """Rows of q and k go from half-split to interleaved rotation."""
+    free_head_dim: bool
+    """False: llama.cpp takes heads x head_dim to be the width."""
+    window: Literal["never", "always", "use_sliding_window"] = "never"
+    """When `sliding_window` of config.json applies."""
+    rope: tuple[str, ...]
+    activation: str
+    fixed: dict[str, tuple[Any, ...]] = {}
+    """Field of config.json -> the values that llama.cpp assumes."""
+    linears: tuple[str, ...]
+    norms: tuple[str, ...]
+    biases: dict[str, tuple[str, ...]] = {}
+    """Boolean field of config.json (or `always`) -> modules of a block that carry a bias."""
+    source: str
+    checked: str
+
+
+class PreTokenizer(Record, frozen=True, kw_only=True):
+    """One way of cutting text before the merges, by llama.cpp's name."""
+
+    steps: tuple[str, ...]
+    pattern: str | None = None
+    source: str
+    checked: str
+
+
+class Quantisations(Record, frozen=True, kw_only=True):
+    """Which quantisations are made, and how."""
+
+    direct: tuple[str, ...]
+    through_llama: tuple[str, ...]
+    intermediate: str
+    source: str
+    checked: str
+
+
+class EndTokens(Record, frozen=True, kw_only=True):
+    """Tokens that llama.cpp knows as an end of generation by their text."""
+
+    known: tuple[str, ...]
+    source: str
+    checked: str
+
+
+class ConfigFields(Record, frozen=True, kw_only=True):
+    """What may stand in a checkpoint without changing what it computes."""
+
+    without_effect: tuple[str, ...]
+    tensors_without_effect: tuple[str, ...]
+    source: str
+    checked: str
+
+
+class Rules(Record, frozen=True, kw_only=True):
+    """All of kb/rules/gguf.toml."""
+
+    quantisations: Quantisations
+    end_tokens: EndTokens
+    config: ConfigFields
+    architectures: dict[str, Architecture]
+    pre_tokenizers: dict[str, PreTokenizer]
+
+
+@functools.cache
+def rules() -> Rules:
+    """Return the export rules of this installation.
+
+    Raises:
+        KnowledgeError: the file is missing or has a wrong key.
+    """
+    try:
+        return msgspec.convert(load().rules["gguf"], type=Rules)
+    except (KeyError, msgspec.ValidationError) as problem:
+        raise KnowledgeError(f"kb/rules/gguf.toml: {problem}", "See advisor/export/rules.py.") from problem
+
+
+def checked_quants(given: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the quantisations in upper case, each once, in the order given.
+
+    Raises:
+        UnknownNameError: one of them is not made here.
+    """
+    facts = rules().quantisations
+    valid = facts.direct + facts.through_llama
+    for name in given:
+        if name.upper() not in valid:
+            raise UnknownNameError("quantisation", name, valid, f"Valid: {', '.join(valid)}.")
+    return tuple(dict.fromkeys(name.upper() for name in given))

@@ -1,0 +1,253 @@
+"""Turns a trained byte-level BPE tokenizer into the fields of a GGUF file.
+
+Goes in: tokenizer.json, tokenizer_config.json, the chat template. Comes out: `Vocabulary`. Never does:
+guess a pre-tokenizer; drop a step that llama.cpp lacks without saying so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from advisor.errors import ExportError, ModelError
+from advisor.export.chat_template import (
+    Conversation,
+    end_of_turn,
+    read_template,
+    render,
+    strip_generation_markers,
+)
+from advisor.export.checkpoint import read_json
+from advisor.export.rules import rules
+from advisor.types import Record
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = (
+    int(getattr(gguf.TokenType, name)) for name in ("NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "UNUSED")
+)
+_REMEDY = "This tokenizer cannot be a GGUF; export --to merged and run it with transformers or vLLM."
+
+
+class Vocabulary(Record, frozen=True, kw_only=True):
+    """A tokenizer as llama.cpp reads it."""
+
+    model: str
+    pre: str
+    tokens: tuple[str, ...]
+    types: tuple[int, ...]
+    merges: tuple[str, ...]
+    bos: int | None
+    eos: int
+    pad: int | None
+    eot: int
+    end_ids: tuple[int, ...]
+    """Every token that ends a turn, the trained one first."""
+    add_bos: bool
+    add_eos: bool
+    chat_template: str | None
+    normaliser: str | None = None
+    """What the trained tokenizer does to text first and llama.cpp does not."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def end_texts(self) -> tuple[str, ...]:
+        """Return the texts of `end_ids`."""
+        return tuple(self.tokens[i] for i in self.end_ids)
+
+
+def read_vocabulary(tokenizer: Path, model: Path, *, rows: int) -> Vocabulary:
+    """Read the tokenizer in one folder for the model in another (often the same).
+
+    Args:
+        tokenizer: folder with tokenizer.json, tokenizer_config.json and the chat template.
+        model: folder with config.json and perhaps generation_config.json.
+        rows: rows of the embedding; the tokens are padded to it.
+
+    Raises:
+        ExportError: llama.cpp cannot cut text as this tokenizer does; the reason is given.
+        ModelError: there is no tokenizer.json.
+    """
+    path = tokenizer / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{tokenizer} has no tokenizer.json.",
+            "Load the tokenizer with transformers and save_pretrained it.",
+        )
+    data, settings = read_json(path), _optional(tokenizer / "tokenizer_config.json")
+    pre = _pre_tokenizer(data)
+    normaliser, notes = _normaliser(data.get("normalizer"))
+    tokens, types = _tokens(data, rows)
+    ids = {text: i for i, text in enumerate(tokens)}
+    template = read_template(tokenizer)
+    plain = None if template is None else strip_generation_markers(template)
+    starts, ends = _post_processor(data.get("post_processor"))
+    bos = _special(settings, "bos_token", ids) if starts is None else ids.get(starts)
+    eos = _special(settings, "eos_token", ids)
+    end_ids = _end_ids(plain, settings, model, ids, eos)
+    add_bos = starts is not None
+    if (
+        add_bos
+        and plain is not None
+        and not render(plain, settings, Conversation.single()).startswith(str(starts))
+    ):
+        add_bos = False
+        notes += (f"{starts} is not put before a prompt by itself: the chat template was trained without it",)
+    return Vocabulary(
+        model="gpt2", pre=pre, tokens=tokens, types=types, merges=_merges(data), bos=bos, eos=end_ids[0],
+        pad=_special(settings, "pad_token", ids), eot=_end_slot(end_ids, tokens), end_ids=end_ids,
+        add_bos=add_bos, add_eos=ends is not None, chat_template=plain, normaliser=normaliser, notes=notes,
+    )  # fmt: skip
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _special(settings: dict[str, Any], name: str, ids: dict[str, int]) -> int | None:
+    value = settings.get(name)
+    text = value.get("content") if isinstance(value, dict) else value
+    return ids.get(text) if isinstance(text, str) else None
+
+
+def _end_ids(
+    template: str | None, settings: dict[str, Any], model: Path, ids: dict[str, int], eos: int | None
+) -> tuple[int, ...]:
+    """Return every end token: the template's end of turn, the tokenizer's, the generation settings'."""
+    found: list[int] = []
+    if template is not None:
+        text = end_of_turn(template, settings, [text for text in ids if text])
+        if text is not None:
+            found.append(ids[text])
+    if eos is not None:
+        found.append(eos)
+    for file in ("generation_config.json", "config.json"):
+        value = _optional(model / file).get("eos_token_id")
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    found = [i for i in dict.fromkeys(found) if 0 <= i < len(ids)]
+    if not found:
+        raise ExportError(
+            "The tokenizer names no end token and the chat template ends no turn: "
+            "generation would never stop.",
+            "Set eos_token in tokenizer_config.json to the token that the training data ends with.",
+        )
+    return tuple(found)
+
+
+def _end_slot(end_ids: tuple[int, ...], tokens: tuple[str, ...]) -> int:
+    """Return the id for the end-of-turn slot: one that llama.cpp does not know by its text, else the trained."""
+    known = set(rules().end_tokens.known)
+    strange = [i for i in end_ids[1:] if tokens[i] not in known]
+    if len(strange) > 1:
+        raise ExportError(
+            f"The model ends turns with {', '.join(repr(tokens[i]) for i in end_ids)}; a GGUF can name two "
+            "end tokens that llama.cpp does not know by their text.",
+            "Leave the end tokens that were not trained out of generation_config.json.",
+        )
+    return strange[0] if strange else end_ids[0]
+
+
+def _tokens(data: dict[str, Any], rows: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    vocab: dict[str, int] = data["model"]["vocab"]
+    added = data.get("added_tokens", [])
+    texts: dict[int, str] = {i: text for text, i in vocab.items()}
+    types = dict.fromkeys(texts, NORMAL)
+    for token in added:
+        strict = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
+        if strict:
+            raise ExportError(
+                f"The token {token['content']!r} is matched with {', '.join(strict)}; llama.cpp does not do that.",
+                _REMEDY,
+            )
+        texts[token["id"]] = token["content"]
+        types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
+    if max(texts) >= rows:
+        raise ModelError(
+            f"The tokenizer has a token with id {max(texts)}, but the embedding has only {rows} rows.",
+            "The tokenizer belongs to another model; put the right one beside the weights.",
+        )
+    free = [i for i in range(rows) if i not in texts]
+    texts |= {i: f"[unused_{i}]" for i in free}
+    types |= dict.fromkeys(free, UNUSED)
+    return tuple(texts[i] for i in range(rows)), tuple(types[i] for i in range(rows))
+
+
+def _merges(data: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"])
+
+
+def _pre_tokenizer(data: dict[str, Any]) -> str:
+    """Return llama.cpp's name for the way this tokenizer cuts text before the merges."""
+    model = data["model"]
+    kind = model.get("type", "BPE")
+    odd = [
+        key
+        for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "unk_token")
+        if model.get(key)
+    ]
+    if kind != "BPE" or model.get("byte_fallback") or odd:
+        what = kind if kind != "BPE" else "BPE with " + ", ".join(odd or ["byte fallback"])
+        raise ExportError(f"The tokenizer is {what}; byte-level BPE can be exported here.", _REMEDY)
+    steps, pattern = _steps(data.get("pre_tokenizer"))
+    for name, facts in rules().pre_tokenizers.items():
+        if facts.steps == steps and facts.pattern == pattern:
+            return name
+    raise ExportError(
+        f"llama.cpp has no pre-tokenizer that cuts text like this one: {' then '.join(steps) or 'none'}"
+        + (f" with the pattern {pattern!r}." if pattern else "."),
+        _REMEDY,
+    )
+
+
+def _steps(given: dict[str, Any] | None) -> tuple[tuple[str, ...], str | None]:
+    if given is None:
+        return (), None
+    parts = given["pretokenizers"] if given["type"] == "Sequence" else [given]
+    steps, pattern = [], None
+    for part in parts:
+        kind = part["type"]
+        flags = [key for key in ("use_regex", "individual_digits", "add_prefix_space") if part.get(key)]
+        if kind == "Split":
+            pattern = part["pattern"].get("Regex")
+            if part.get("behavior") != "Isolated" or part.get("invert") or pattern is None:
+                flags.append(f"behavior {part.get('behavior')}")
+        shown = ", ".join(flag.removesuffix("_digits") for flag in flags)
+        steps.append(f"{kind}({shown})" if shown else kind)
+    return tuple(steps), pattern
+
+
+def _normaliser(given: dict[str, Any] | None) -> tuple[str | None, tuple[str, ...]]:
+    parts = [] if given is None else given["normalizers"] if given["type"] == "Sequence" else [given]
+    kinds = [part["type"] for part in parts]
+    if not kinds:
+        return None, ()
+    if kinds != ["NFC"]:
+        raise ExportError(
+            f"The tokenizer normalises text ({', '.join(kinds)}), which llama.cpp does not do.", _REMEDY
+        )
+    note = (
+        "the tokenizer composes accents first (NFC) and llama.cpp does not: `ftadvisor chat` does it instead"
+    )
+    return "NFC", (note,)
+
+
+def _post_processor(given: dict[str, Any] | None) -> tuple[str | None, str | None]:
+    """Return the tokens that are put before and after every text, or None."""
+    parts = [] if given is None else given["processors"] if given["type"] == "Sequence" else [given]
+    starts = ends = None
+    for part in parts:
+        if part["type"] == "ByteLevel":
+            continue
+        if part["type"] != "TemplateProcessing":
+            raise ExportError(
+                f"The tokenizer ends with the step {part['type']}, which is not known here.", _REMEDY
+            )
+        around = [
+            next(iter(item.values())).get("id") if "SpecialToken" in item else None for item in part["single"]
+        ]
+        text = around.index(None)
+        if text > 1 or len(around) - text > 2:
+            raise ExportError("The tokenizer adds more than one token before or after a text.", _REMEDY)
+        starts = around[0] if text else starts
+        ends = around[-1] if text < len(around) - 1 else ends
+    return starts, ends
