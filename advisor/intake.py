@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import platformdirs
 import yaml
 
 from advisor.errors import DataError, UsageError
@@ -108,8 +107,9 @@ def model_spec(inputs: Inputs, knowledge: Knowledge) -> ModelSpec:
 
 
 def cache_dir() -> Path:
-    """Return the folder where downloaded models are kept: HF_HOME, or the hub's usual place."""
-    return Path(os.environ.get("HF_HOME", platformdirs.user_cache_path("huggingface")))
+    """Return the folder where the hub's client keeps what it downloads: HF_HOME, or its usual place."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "huggingface"
+    return Path(os.environ.get("HF_HOME", usual))
 
 
 def parse_setting(text: str) -> tuple[str, Value]:

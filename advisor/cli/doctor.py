@@ -33,8 +33,8 @@ class DoctorAnswer(msgspec.Struct, frozen=True, kw_only=True):
 def doctor(as_json: Json = False) -> None:
     """Check that everything needed is installed and works; exit 1 when something must be mended."""
     machine = probe_hardware(output=Path.cwd(), cache=cache_dir())
-    findings = (*machine.findings, *doctor_findings(machine))
-    ok = all(finding.severity != "error" for finding in findings)
+    findings = doctor_findings(machine)
+    ok = all(finding.severity != "error" for finding in (*machine.findings, *findings))
     packages = installed_packages()
     if as_json:
         print_json(DoctorAnswer(ok=ok, packages=packages, hardware=machine, findings=findings))
