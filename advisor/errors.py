@@ -13,6 +13,7 @@
     ├── TrainingError            training            1   the training program failed
     ├── ExportError              export              1   the model cannot be exported as asked
     ├── VerificationError        verification        1   the file does not answer as the model does
+    ├── InterruptedRunError      interrupted       130   a person stopped it; it can go on
     └── RefusedError             refused             3   it does not fit, or must not be done as asked
 
 To add one: only if its remedy differs from all of these; give it a code, an exit status and a line here.
@@ -126,6 +127,13 @@ class VerificationError(AdvisorError):
     """The file does not answer as the trained model does."""
 
     code = "verification"
+
+
+class InterruptedRunError(AdvisorError):
+    """A person stopped a run; what was saved stays and it can go on."""
+
+    code = "interrupted"
+    exit_status = 130
 
 
 class RefusedError(AdvisorError):
