@@ -1,23 +1,44 @@
 """How many bytes does one block keep for the backward pass, and how many does the loss need?
 
-Goes in: a ModelSpec, its Layout and MemorySettings. Comes out: bytes for one token or one batch.
-Never does: sum up a phase; that is memory.py. Counts follow the operators that the model library runs: a tensor is
-kept when an operator's backward reads it.
+Goes in: a ModelSpec, its Layout and MemorySettings. Comes out: bytes for one token, one block or one batch.
+Never does: sum up a phase; that is memory.py.
+
+A tensor is kept when the backward of an operator reads it. The counts were read off the saved tensors of each
+family on the meta device and hold for every width. Letters: h hidden, f intermediate, q and kv projection
+widths, a bytes of an activation entry, s bytes of an entry of the residual stream.
 """
 
 from __future__ import annotations
 
-from advisor.estimate.layers import GEMMA, Layout, targeted
-from advisor.estimate.tunable import LOW_RANK, VIRTUAL, tuner_name
+from advisor.estimate.layers import GEMMA, QK_NORM_WHOLE, Layout, Linear, targeted
+from advisor.estimate.tunable import LN_TUNED, LOW_RANK, ia3_targets, tuner_name
 from advisor.types import MemorySettings, ModelSpec
 
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 PAIRED = frozenset({"dpo", "orpo", "simpo", "reward"})
+OUT_OF_MLP = frozenset({"down_proj", "mlp.c_proj"})
 
 
 def compute_bytes(settings: MemorySettings) -> int:
-    """Bytes of one activation entry."""
+    """Bytes of one activation entry (a)."""
     return 4 if settings.precision == "fp32" else 2
+
+
+def mixed(settings: MemorySettings) -> bool:
+    """True when matrix products cast their inputs: autocast in a half precision."""
+    return settings.autocast and settings.precision != "fp32"
+
+
+def stream_bytes(settings: MemorySettings) -> int:
+    """Bytes of one entry of the residual stream (s): 32-bit weights keep it in 32 bits."""
+    return 4 if settings.weight_bits == 32 else compute_bytes(settings)
+
+
+def adapter_bytes(settings: MemorySettings) -> int:
+    """Bytes of one adapter weight."""
+    if settings.adapter_bits is not None:
+        return settings.adapter_bits // 8
+    return 2 if settings.weight_bits in (4, 8) and settings.precision != "fp32" else 4
 
 
 def rows(settings: MemorySettings) -> int:
@@ -26,14 +47,19 @@ def rows(settings: MemorySettings) -> int:
 
 
 def tokens(settings: MemorySettings) -> int:
-    """Tokens in one forward pass, virtual ones included."""
+    """Positions in one forward pass, virtual tokens included."""
     extra = settings.virtual_tokens if tuner_name(settings.tuner) in ("prompt_tuning", "p_tuning") else 0
     return rows(settings) * (settings.seq_len + extra)
 
 
-def stream_bytes(settings: MemorySettings) -> int:
-    """Bytes of one entry of the residual stream: weights in 32 bits keep it in 32 bits."""
-    return 4 if settings.weight_bits == 32 else compute_bytes(settings)
+def masked(settings: MemorySettings) -> bool:
+    """True when SDPA gets a mask: keys and values are then repeated for every query head, and all are kept."""
+    return settings.attention == "sdpa" and (settings.packed or rows(settings) > 1)
+
+
+def trains_everything(settings: MemorySettings) -> bool:
+    """True when every matrix has a gradient."""
+    return tuner_name(settings.tuner) == "full"
 
 
 def saved_per_token(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
@@ -42,85 +68,145 @@ def saved_per_token(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> 
         _norms(spec, plan, settings)
         + _attention(spec, settings)
         + _mlp(spec, settings)
-        + _tuner(spec, plan, settings)
+        + _inputs(spec, plan, settings)
     )
 
 
+def saved_casts(plan: Layout, settings: MemorySettings, trainable: int) -> int:
+    """Bytes of 16-bit copies of 32-bit weights that one block keeps under autocast."""
+    if not mixed(settings):
+        return 0
+    copies = 2 * plan.block_weights if settings.weight_bits == 32 else 0
+    if not trains_everything(settings) and adapter_bytes(settings) == 4:
+        copies += 2 * trainable // plan.blocks
+    return copies
+
+
+def _norm_width(spec: ModelSpec, name: str) -> int:
+    if name == "q_norm":
+        return spec.shape.heads * spec.shape.head_dim
+    return spec.shape.kv_heads * spec.shape.head_dim if name == "k_norm" else spec.shape.hidden
+
+
 def _norms(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
-    """The 32-bit input of each norm; with a trained scale, its normalised output too."""
-    entries = sum(
-        spec.shape.heads * spec.shape.head_dim if name == "q_norm"
-        else spec.shape.kv_heads * spec.shape.head_dim if name == "k_norm"
-        else spec.shape.hidden
-        for name, _ in plan.norm_entries
-    )  # fmt: skip
-    kept = 4 * entries
-    if spec.model_type in GEMMA:
-        kept += 4 * entries
-    if tuner_name(settings.tuner) in ("full", "layernorm"):
-        kept += compute_bytes(settings) * entries
-    return kept
+    """The 32-bit input of each norm and its scale factor; with a trained scale, the normalised output too."""
+    tuner, total = tuner_name(settings.tuner), 0
+    wide = spec.model_type in GEMMA or spec.model_type in QK_NORM_WHOLE
+    for name, _ in plan.norm_entries:
+        width = _norm_width(spec, name)
+        own_type = compute_bytes(settings) if name in ("q_norm", "k_norm") else stream_bytes(settings)
+        if spec.model_type == "gpt2":
+            total += (4 if mixed(settings) else own_type) * width + 8
+            continue
+        total += 4 * width + 4 * max(1, width // spec.shape.head_dim if name in ("q_norm", "k_norm") else 1)
+        if tuner == "full" or (tuner == "layernorm" and name in LN_TUNED):
+            total += (4 if wide else own_type) * width
+    return total
 
 
 def _attention(spec: ModelSpec, settings: MemorySettings) -> int:
     """Query, key, value, output and what the attention kernel keeps."""
-    shape, size = spec.shape, compute_bytes(settings)
+    shape, a = spec.shape, compute_bytes(settings)
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    prefix = settings.virtual_tokens if tuner_name(settings.tuner) == "prefix_tuning" else 0
+    longer = 1 + prefix / settings.seq_len
     if settings.attention == "eager":
-        keys = settings.seq_len + settings.virtual_tokens
-        scores = shape.heads * keys * (4 if size == 4 else 6)
-        return size * 4 * query + scores
+        return round(a * (2 * query + 2 * query * longer)) + shape.heads * (settings.seq_len + prefix) * (
+            4 if a == 4 else 6
+        )
     if masked(settings):
-        return size * 4 * query + 4 * shape.heads
-    return size * (2 * query + 2 * key) + 4 * shape.heads
-
-
-def masked(settings: MemorySettings) -> bool:
-    """True when a padded batch hands SDPA a mask: keys and values are then repeated for every head."""
-    return settings.attention == "sdpa" and (
-        settings.packed or rows(settings) > 1 or settings.virtual_tokens > 0
-    )
+        return round(a * (2 * query + 2 * query * longer)) + 4 * shape.heads + a * settings.seq_len
+    fused = a * (query + key) if spec.model_type == "phi3" else 0
+    return round(a * (2 * query + 2 * key * longer)) + 4 * shape.heads + fused
 
 
 def _mlp(spec: ModelSpec, settings: MemorySettings) -> int:
-    """Gate, its activation and the up projection."""
-    return compute_bytes(settings) * 3 * spec.shape.intermediate
+    """Gate, its activation and the up projection; GPT-2 composes its activation of four."""
+    return compute_bytes(settings) * (4 if spec.model_type == "gpt2" else 3) * spec.shape.intermediate
 
 
-def _tuner(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
-    """What training the weights (or the adapters beside them) keeps beyond a frozen block."""
-    tuner, size = tuner_name(settings.tuner), compute_bytes(settings)
+def _reads_hidden(linear: Linear) -> bool:
+    return linear.name not in OUT_OF_MLP and linear.name not in ("o_proj", "attn.c_proj")
+
+
+def _inputs(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
+    """Inputs of matrix products whose weights have a gradient, and what adapters keep beside them."""
+    tuner, a = tuner_name(settings.tuner), compute_bytes(settings)
     hidden, ffn = spec.shape.hidden, spec.shape.intermediate
     if tuner == "full":
-        return size * (2 * hidden + ffn)
-    if tuner in LOW_RANK:
-        chosen = targeted(plan.linears, settings.target)
-        width = adapter_bytes(settings)
-        return sum(width * one.inputs + size * settings.lora_r for one in chosen)
-    if tuner in ("ia3", "vera", "adapter"):
-        chosen = targeted(plan.linears, settings.target)
-        return (
-            sum(size * (one.inputs + one.outputs) // 2 for one in chosen)
-            if tuner != "adapter"
-            else 4 * size * hidden
-        )
-    return 0 if tuner in VIRTUAL else 0
+        copied = mixed(settings) and settings.weight_bits == 32
+        readers = sum(_reads_hidden(one) for one in plan.linears) if copied else 2
+        return a * (readers * hidden + ffn)
+    if tuner in LOW_RANK or tuner == "vera":
+        return _adapter_inputs(spec, targeted(plan.linears, settings.target), settings)
+    if tuner == "ia3":
+        chosen = ia3_targets(spec, plan, settings)
+        return sum(4 * one.inputs if one.name in OUT_OF_MLP else a * one.outputs for one in chosen)
+    if tuner == "adapter":
+        return 2 * a * (hidden + 2 * settings.bottleneck)
+    return 0
 
 
-def adapter_bytes(settings: MemorySettings) -> int:
-    """Bytes of one adapter weight: 32 bits beside a 16-bit base, 16 bits beside a quantised one."""
-    if settings.precision == "fp32":
-        return 4
-    return 2 if settings.weight_bits in (4, 8) else 4
+def _adapter_inputs(spec: ModelSpec, chosen: tuple[Linear, ...], settings: MemorySettings) -> int:
+    """Under autocast 32-bit adapters copy their input each; else those of one width share it."""
+    a, width = compute_bytes(settings), adapter_bytes(settings)
+    inner = (a if mixed(settings) else width) * settings.lora_r * len(chosen)
+    if width > a:
+        each = a if mixed(settings) else width
+        return inner + each * sum(one.inputs for one in chosen)
+    groups = {
+        "attention": any(_reads_hidden(one) and one.name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn")
+                         for one in chosen),
+        "mlp": any(one.name in ("gate_proj", "up_proj", "gate_up_proj", "c_fc") for one in chosen),
+    }  # fmt: skip
+    down = any(one.name in OUT_OF_MLP for one in chosen)
+    return inner + a * (sum(groups.values()) * spec.shape.hidden + (spec.shape.intermediate if down else 0))
 
 
-def loss_bytes(spec: ModelSpec, settings: MemorySettings, head_trained: int) -> int:
-    """Bytes of logits, their gradient and the loss at their peak."""
+def backward_extra_per_token(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
+    """Bytes of gradients for each token at the fullest moment of a block's backward: leaving the MLP."""
+    tuner, a, s = tuner_name(settings.tuner), compute_bytes(settings), stream_bytes(settings)
+    hidden, ffn = spec.shape.hidden, spec.shape.intermediate
+    plain = s * hidden + 3 * a * ffn
+    if tuner == "full":
+        return s * hidden + 2 * a * ffn
+    if tuner == "ia3":
+        return s * hidden + 6 * a * ffn
+    chosen = targeted(plan.linears, settings.target) if tuner in LOW_RANK or tuner == "vera" else ()
+    if not any(one.name in OUT_OF_MLP for one in chosen):
+        return plain
+    width = adapter_bytes(settings)
+    if width <= a:
+        return s * hidden + 2 * a * ffn
+    return 5 * a * hidden + 3 * a * ffn if mixed(settings) else 6 * a * hidden + 2 * a * ffn
+
+
+def final_per_token(spec: ModelSpec, settings: MemorySettings) -> int:
+    """Bytes kept for each token after the last block: the final norm and what the output matrix reads."""
+    hidden, a, s = spec.shape.hidden, compute_bytes(settings), stream_bytes(settings)
+    kept = 4 * hidden + (s * hidden if settings.loss == "chunked" else 0)
+    if tuner_name(settings.tuner) in ("full", "layernorm"):
+        kept += (4 if spec.model_type in GEMMA else s) * hidden
+    if settings.loss == "full_logits" and trains_everything(settings):
+        kept += a * hidden
+    return kept
+
+
+def loss_bytes(spec: ModelSpec, settings: MemorySettings, *, backward: bool) -> int:
+    """Bytes of logits and loss at their peak, gradient of the output matrix excluded.
+
+    Args:
+        spec: the model.
+        settings: loss, batch, length and precision are read.
+        backward: False counts the forward part alone (evaluation).
+    """
     if settings.objective == "reward":
         return 0
-    count, size = tokens(settings), compute_bytes(settings)
+    count, a = tokens(settings), compute_bytes(settings)
     if settings.loss == "full_logits":
-        return count * spec.shape.vocab * (size + 12)
-    tile = min(count, TILE_TOKENS) * min(spec.shape.vocab, TILE_VOCABULARY)
-    copies = size if settings.device == "cuda" else size + 20
-    return tile * copies + 4 * count * spec.shape.hidden + 4 * head_trained
+        return count * spec.shape.vocab * ((a + 12) if backward else (a + 8))
+    tile = min(count, TILE_TOKENS) * TILE_VOCABULARY * a
+    if settings.device == "cpu":
+        tile += min(count, TILE_TOKENS) * min(spec.shape.vocab, TILE_VOCABULARY) * 20
+    compacted = a * count * spec.shape.hidden if settings.device == "cuda" else 0
+    return tile + compacted + ((4 + a) * count * spec.shape.hidden if backward else 0)

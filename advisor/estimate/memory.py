@@ -1,23 +1,36 @@
 """How much memory does one training process need at its peak, on its fullest device?
 
-Goes in: a ModelSpec, MemorySettings and the rules of kb/rules/memory.toml. Comes out: a MemoryEstimate, the largest of
-all phases, in parts that each carry their formula and source. Never does: load a model, look at the machine, guess in
-silence: what is unknown is named in `notes` and widens the band.
+Goes in: a ModelSpec, MemorySettings and the rules of kb/rules/memory.toml. Comes out: a MemoryEstimate, the
+largest of all phases, in parts that each carry their formula and source. Never does: load a model, look at the
+machine, guess in silence: what is unknown is named in `notes` and widens the band.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from advisor.estimate import activations as act
-from advisor.estimate.layers import Layout, layout
-from advisor.estimate.tunable import VIRTUAL, count, trainable_parameters, tuner_name
-from advisor.types import Band, MemoryEstimate, MemorySettings, ModelSpec, Part
+from advisor.estimate import states
+from advisor.estimate.layers import Layout, layout, targeted
+from advisor.estimate.tunable import LOW_RANK, VIRTUAL, count, trainable_parameters, tuner_name
+from advisor.types import Band, MemoryEstimate, MemorySettings, ModelSpec, Part, Record
 
-__all__ = ["estimate_memory", "trainable_parameters", "weight_bytes"]
+__all__ = ["estimate_memory", "trainable_parameters"]
 
-Parts = list[Part]
+
+class _Case(Record, frozen=True, kw_only=True):
+    """One question, with what every phase needs."""
+
+    spec: ModelSpec
+    plan: Layout
+    settings: MemorySettings
+    rules: dict[str, Any]
+    trainable: int
+
+    def part(self, name: str, size: float, formula: str) -> Part:
+        """A part that comes from the operators of the model library."""
+        return Part(name=name, bytes=round(size), formula=formula, source=self.rules["activations"]["source"])
 
 
 def estimate_memory(spec: ModelSpec, settings: MemorySettings, rules: Mapping[str, Any]) -> MemoryEstimate:
@@ -25,7 +38,7 @@ def estimate_memory(spec: ModelSpec, settings: MemorySettings, rules: Mapping[st
 
     Args:
         spec: the model.
-        settings: tuner, batch, lengths, precision and sharding; `seq_len` is the longest batch.
+        settings: tuner, batch, lengths, precision and sharding; `seq_len` is that of the longest batch.
         rules: tables of kb/rules/memory.toml (`knowledge.rules["memory"]`).
 
     Returns:
@@ -35,272 +48,227 @@ def estimate_memory(spec: ModelSpec, settings: MemorySettings, rules: Mapping[st
         UnknownNameError: the tuner is not known.
     """
     plan = layout(spec)
-    trainable = count(spec, plan, settings)
-    phases = _phases(spec, plan, settings, rules, trainable)
-    phase = max(phases, key=lambda name: sum(part.bytes for part in phases[name]))
-    allocated = sum(part.bytes for part in phases[phase])
-    device = _device_parts(settings, rules, allocated)
-    reserved = allocated + sum(part.bytes for part in device if part.name == "allocator")
-    peak = allocated + sum(part.bytes for part in device)
-    notes = _notes(plan, settings)
-    low, high = _width(settings, rules, plan)
+    case = _Case(
+        spec=spec, plan=plan, settings=settings, rules=dict(rules), trainable=count(spec, plan, settings)
+    )
+    phases = _phases(case)
+    phase = max(phases, key=lambda name: _sum(phases[name]))
+    allocated = _sum(phases[phase])
+    allocator, context = _device(case, allocated)
+    low, high = _width(case)
+    total = allocated + allocator.bytes + context.bytes
     return MemoryEstimate(
-        phase=phase,
-        parts=tuple(part for part in (*phases[phase], *device) if part.bytes),
-        allocated_bytes=_band(allocated, low, high),
-        reserved_bytes=_band(reserved, low, high),
-        peak_bytes=_band(peak, low, high),
-        trainable_parameters=trainable,
-        notes=notes,
+        phase=phase.partition(":")[0],
+        parts=tuple(part for part in (*phases[phase], allocator, context) if part.bytes),
+        allocated_bytes=_band(allocated, low, high, 0),
+        reserved_bytes=_band(allocated + allocator.bytes, low, high, 0),
+        peak_bytes=_band(total, low, high, context.bytes),
+        trainable_parameters=case.trainable,
+        notes=_notes(case),
     )
 
 
-def _band(value: int, low: float, high: float) -> Band:
-    return Band(low=float(round(value * low)), expected=float(value), high=float(round(value * high)))
+def _sum(parts: Iterable[Part]) -> int:
+    return sum(part.bytes for part in parts)
 
 
-def weight_bytes(spec: ModelSpec, settings: MemorySettings, rules: Mapping[str, Any]) -> int:
-    """Bytes of the base weights on one device, before sharding."""
-    return _weights(layout(spec), settings, rules)
+def _band(value: int, low: float, high: float, fixed: int) -> Band:
+    """Scale what depends on the model; what the device takes by itself keeps its size."""
+    moving = value - fixed
+    return Band(
+        low=float(round(moving * low) + fixed),
+        expected=float(value),
+        high=float(round(moving * high) + fixed),
+    )
 
 
-def _weights(plan: Layout, settings: MemorySettings, rules: Mapping[str, Any]) -> int:
-    if settings.weight_bits in (16, 32):
-        return plan.parameters * settings.weight_bits // 8
-    quantised = plan.blocks * plan.block_weights + plan.other
-    kept = plan.parameters - quantised
-    return round(quantised * _quantised_bytes(settings, rules)) + kept * 2
-
-
-def _quantised_bytes(settings: MemorySettings, rules: Mapping[str, Any]) -> float:
-    """Bytes of one quantised weight, scales included."""
-    if settings.weight_bits == 8:
-        return 1.0
-    facts = rules["quantised"]
-    scale = 4.0 / facts["block_weights"]
-    if settings.double_quant:
-        scale = 1.0 / facts["block_weights"] + 4.0 / (facts["block_weights"] * facts["double_quant_block"])
-    return float(0.5 + scale)
-
-
-def _phases(
-    spec: ModelSpec, plan: Layout, settings: MemorySettings, rules: Mapping[str, Any], trainable: int
-) -> dict[str, Parts]:
-    steady = _steady(spec, plan, settings, rules, trainable)
-    forward = [
-        *steady,
-        *_gradients(plan, settings, trainable),
-        *_kept(spec, plan, settings),
-        _loss(spec, plan, settings),
-    ]
-    backward = [
-        *steady, *_gradients(plan, settings, trainable), *_kept(spec, plan, settings),
-        *_one_block(spec, plan, settings, rules),
-    ]  # fmt: skip
-    step = [*steady, *_gradients(plan, settings, trainable), *_step_copy(settings, trainable, rules)]
+def _phases(case: _Case) -> dict[str, list[Part]]:
+    """Parts alive in each phase; `phase:moment` where a phase has several candidates for its peak."""
+    steady = states.steady(case.plan, case.settings, case.rules, case.trainable)
+    gradients = states.gradients(case.settings, case.rules, case.trainable)
+    held = [*steady, *([gradients] if case.settings.accumulate else [])]
+    kept = _kept(case)
     phases = {
-        "load": _load(plan, settings, rules),
-        "forward": forward,
-        "backward": backward,
-        "optimizer": step,
-        "evaluation": [*steady, _loss(spec, plan, settings)],
+        "load": _load(case),
+        "forward": [*held, kept, _final(case), *_weight_copies(case), _loss(case, backward=False)],
+        "backward:loss": [*held, kept, _final(case), _loss(case, backward=True), _head_gradient(case)],
+        "backward:block": [*held, kept, *_block(case), *_pending(case, ends=False)],
+        "backward:end": [*steady, gradients, *_block(case), *_pending(case, ends=True)],
+        "optimizer": [*steady, gradients, states.step_copies(case.settings, case.rules, case.trainable)],
+        "evaluation": [*steady, _final(case), _loss(case, backward=False)],
     }
-    if settings.objective in ("rloo", "grpo"):
-        phases["generation"] = [*steady, _generation(spec, settings)]
+    if case.settings.objective in ("rloo", "grpo"):
+        phases["generation"] = [*steady, _generation(case)]
     return phases
 
 
-def _shards(settings: MemorySettings) -> int:
-    return settings.gpus if settings.shard != "none" else 1
-
-
-def _steady(
-    spec: ModelSpec, plan: Layout, settings: MemorySettings, rules: Mapping[str, Any], trainable: int
-) -> Parts:
-    shards, full = _shards(settings), tuner_name(settings.tuner) == "full"
-    weights = _weights(plan, settings, rules)
-    parts = [
-        Part(
-            name="weights", bytes=0 if settings.offload and full else weights // shards,
-            formula=f"{plan.parameters:,} parameters at {settings.weight_bits} bits / {shards} devices",
-            source=rules["quantised"]["source"],
-        )
-    ]  # fmt: skip
-    if not full:
-        size = act.adapter_bytes(settings)
-        parts.append(Part(
-            name="adapters", bytes=trainable * size // shards,
-            formula=f"{trainable:,} x {size} B / {shards}", source=rules["adapters"]["source"],
-        ))  # fmt: skip
-    if settings.objective in ("dpo", "kto", "rloo") and full:
-        parts.append(Part(
-            name="reference", bytes=weights // shards,
-            formula="a frozen copy of the weights", source=rules["reference"]["source"],
-        ))  # fmt: skip
-    parts.append(_optimizer(plan, settings, rules, trainable))
-    return [*parts, *_communication(plan, settings, rules)]
-
-
-def _optimizer(plan: Layout, settings: MemorySettings, rules: Mapping[str, Any], trainable: int) -> Part:
-    per, fixed = _state_bytes(settings, rules)
-    size = _trained_bytes(settings)
-    state = 0 if settings.offload else round(trainable * (per if per is not None else fixed * size))
-    return Part(
-        name="optimizer", bytes=state // _shards(settings),
-        formula=f"{settings.optimizer}: {trainable:,} x {state / max(trainable, 1):.3g} B / {_shards(settings)}",
-        source=rules["optimizer"]["source"],
-    )  # fmt: skip
-
-
-def _state_bytes(settings: MemorySettings, rules: Mapping[str, Any]) -> tuple[float | None, float]:
-    """Bytes a parameter, or None and the number of states in the parameter's own width."""
-    table = rules["optimizer"]["states"]
-    entry = table.get(settings.optimizer, table["adamw_torch"])
-    return (entry.get("bytes"), entry.get("copies", 2.0))
-
-
-def _trained_bytes(settings: MemorySettings) -> int:
-    if tuner_name(settings.tuner) == "full":
-        return 4 if settings.weight_bits == 32 else 2
-    return act.adapter_bytes(settings)
-
-
-def _gradients(plan: Layout, settings: MemorySettings, trainable: int) -> Parts:
-    size = _trained_bytes(settings)
-    return [Part(
-        name="gradients", bytes=trainable * size // _shards(settings),
-        formula=f"{trainable:,} x {size} B / {_shards(settings)}", source="ftadvisor-measured",
-    )]  # fmt: skip
-
-
-def _kept(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> Parts:
-    count_ = act.tokens(settings)
+def _kept(case: _Case) -> Part:
+    """What all blocks keep until their backward."""
+    tokens, blocks, settings = act.tokens(case.settings), case.plan.blocks, case.settings
     if not settings.gradient_checkpointing:
-        each = act.saved_per_token(spec, plan, settings)
-        return [Part(
-            name="activations", bytes=plan.blocks * each * count_,
-            formula=f"{plan.blocks} blocks x {count_} tokens x {each} B", source="ftadvisor-measured",
-        )]  # fmt: skip
-    each = act.stream_bytes(settings) * spec.shape.hidden
-    kept = -(-plan.blocks // settings.checkpoint_every)
-    return [Part(
-        name="activations", bytes=0 if settings.offload else kept * each * count_,
-        formula=f"{kept} block inputs x {count_} tokens x {each} B", source="ftadvisor-measured",
-    )]  # fmt: skip
+        each = act.saved_per_token(case.spec, case.plan, settings)
+        casts = act.saved_casts(case.plan, settings, case.trainable)
+        formula = f"{blocks} blocks x ({tokens:,} tokens x {each:,} B + {casts:,} B of copied weights)"
+        return case.part("activations", blocks * (tokens * each + casts), formula)
+    each = act.stream_bytes(settings) * case.spec.shape.hidden
+    inputs = -(-blocks // settings.checkpoint_every)
+    formula = f"{inputs} block inputs x {tokens:,} tokens x {each:,} B"
+    return case.part("activations", inputs * tokens * each, formula)
 
 
-def _one_block(spec: ModelSpec, plan: Layout, settings: MemorySettings, rules: Mapping[str, Any]) -> Parts:
-    count_, each = act.tokens(settings), act.saved_per_token(spec, plan, settings)
-    blocks = settings.checkpoint_every if settings.gradient_checkpointing else 0
-    gradient = act.compute_bytes(settings) * (2 * spec.shape.intermediate + 2 * spec.shape.hidden)
+def _final(case: _Case) -> Part:
+    each, tokens = act.final_per_token(case.spec, case.settings), act.tokens(case.settings)
+    return case.part("final_norm", each * tokens, f"{tokens:,} tokens x {each:,} B")
+
+
+def _weight_copies(case: _Case) -> list[Part]:
+    """Autocast remembers 16-bit copies of trained 32-bit weights until the forward pass ends."""
+    settings, plan = case.settings, case.plan
+    if not (act.mixed(settings) and settings.gradient_checkpointing):
+        return []
+    if act.trains_everything(settings):
+        copied = plan.blocks * plan.block_weights if settings.weight_bits == 32 else 0
+    else:
+        copied = case.trainable if act.adapter_bytes(settings) == 4 else 0
+    return [case.part("weight_copies", 2 * copied, f"{copied:,} x 2 B under autocast")]
+
+
+def _block(case: _Case) -> list[Part]:
+    """One block (or as many as one checkpoint spans) recomputed, and the gradients passing through it."""
+    settings, plan, tokens = case.settings, case.plan, act.tokens(case.settings)
+    parts = []
+    if settings.gradient_checkpointing:
+        blocks = min(settings.checkpoint_every, plan.blocks)
+        each = act.saved_per_token(case.spec, plan, settings)
+        if act.stream_bytes(settings) == 4:
+            each -= 4 * case.spec.shape.hidden
+        casts = act.saved_casts(plan, settings, case.trainable)
+        formula = f"{blocks} blocks x ({tokens:,} tokens x {each:,} B + {casts:,} B of copied weights)"
+        parts.append(case.part("recomputed", blocks * (tokens * each + casts), formula))
+    extra = act.backward_extra_per_token(case.spec, plan, settings)
+    parts.append(case.part("activation_gradients", extra * tokens, f"{tokens:,} tokens x {extra:,} B"))
     largest = max(one.weights for one in plan.linears)
+    if settings.weight_bits in (4, 8):
+        parts.append(case.part("dequantised", 2 * largest, f"the largest matrix: {largest:,} x 2 B"))
+    if act.trains_everything(settings):
+        size = states.stored_bytes(settings)
+        parts.append(
+            case.part("weight_gradient", size * largest, f"of the largest matrix: {largest:,} x {size} B")
+        )
+    return parts
+
+
+def _vocabulary(case: _Case) -> int:
+    """Entries of the output matrix; none when a reward or classifier head replaces it."""
+    return 0 if case.settings.objective == "reward" else case.plan.head or case.plan.embedding
+
+
+def _head_gradient(case: _Case) -> Part:
+    """The chunked loss sums the gradient of the output matrix in 32 bits, then casts it."""
+    settings, entries = case.settings, _vocabulary(case)
+    if not act.trains_everything(settings):
+        return case.part("head_gradient", 0, "the output matrix is frozen")
+    size = states.stored_bytes(settings)
+    each = size if settings.loss == "full_logits" else 4 + (size if size < 4 else 0)
+    return case.part("head_gradient", each * entries, f"{entries:,} x {each} B")
+
+
+def _pending(case: _Case, *, ends: bool) -> list[Part]:
+    """Gradients of embedding and output matrix on their way: a tied matrix waits for both of its gradients."""
+    if not act.trains_everything(case.settings):
+        return []
+    size, settings = states.stored_bytes(case.settings), case.settings
+    tied = case.plan.head == 0
+    matrices = 0.0
+    if ends:
+        matrices = (1 if settings.accumulate else 0) + (1 if tied else 0)
+    elif tied or not settings.accumulate:
+        matrices = 1
+    entries = case.plan.embedding
     return [
-        Part(
-            name="recomputed", bytes=blocks * each * count_,
-            formula=f"{blocks} blocks x {count_} tokens x {each} B", source="ftadvisor-measured",
-        ),
-        Part(
-            name="activation_gradients", bytes=gradient * count_,
-            formula=f"{count_} tokens x {gradient} B", source="ftadvisor-measured",
-        ),
-        Part(
-            name="dequantised", bytes=2 * largest if settings.weight_bits == 4 else 0,
-            formula=f"the largest matrix in 16 bits: {largest:,} x 2 B", source=rules["quantised"]["source"],
-        ),
-    ]  # fmt: skip
+        case.part("vocabulary_gradient", size * matrices * entries, f"{matrices:g} x {entries:,} x {size} B")
+    ]
 
 
-def _loss(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> Part:
-    head = (plan.head or plan.embedding) if tuner_name(settings.tuner) == "full" else 0
-    return Part(
-        name="logits_and_loss", bytes=act.loss_bytes(spec, settings, head),
-        formula=f"{settings.loss}: {act.tokens(settings)} tokens x vocabulary of {spec.shape.vocab}",
-        source="ftadvisor-measured",
-    )  # fmt: skip
+def _loss(case: _Case, *, backward: bool) -> Part:
+    vocabulary, tokens = case.spec.shape.vocab, act.tokens(case.settings)
+    size = act.loss_bytes(case.spec, case.settings, backward=backward)
+    return case.part(
+        "logits_and_loss", size, f"{case.settings.loss}: {tokens:,} tokens, vocabulary of {vocabulary:,}"
+    )
 
 
-def _step_copy(settings: MemorySettings, trainable: int, rules: Mapping[str, Any]) -> Parts:
-    copies = rules["optimizer"]["states"].get(settings.optimizer, {}).get("step_copies", 0.0)
-    size = _trained_bytes(settings)
-    return [Part(
-        name="optimizer_copies", bytes=round(copies * trainable * size) // _shards(settings),
-        formula=f"{copies} x {trainable:,} x {size} B", source=rules["optimizer"]["source"],
-    )]  # fmt: skip
-
-
-def _load(plan: Layout, settings: MemorySettings, rules: Mapping[str, Any]) -> Parts:
+def _load(case: _Case) -> list[Part]:
+    plan, settings = case.plan, case.settings
+    weights = states.weight_total(plan, settings, case.rules) // states.shards(settings)
     largest = max((plan.embedding, plan.head, *(one.weights for one in plan.linears)))
     return [
-        Part(
-            name="weights", bytes=_weights(plan, settings, rules) // _shards(settings),
-            formula="base weights", source=rules["quantised"]["source"],
-        ),
-        Part(name="shard", bytes=largest * 2, formula="the largest tensor in 16 bits", source="ftadvisor-measured"),
-    ]  # fmt: skip
+        Part(name="weights", bytes=weights, formula="base weights", source=case.rules["quantised"]["source"]),
+        case.part("shard", 2 * largest, f"the largest tensor before its conversion: {largest:,} x 2 B"),
+    ]
 
 
-def _generation(spec: ModelSpec, settings: MemorySettings) -> Part:
+def _generation(case: _Case) -> Part:
+    shape, settings = case.spec.shape, case.settings
     sequences = max(settings.micro_batch, settings.generations)
     length = settings.seq_len + settings.completion_tokens
-    per_token = (
-        2 * spec.shape.layers * spec.shape.kv_heads * spec.shape.head_dim * act.compute_bytes(settings)
+    each = 2 * shape.layers * shape.kv_heads * shape.head_dim * act.compute_bytes(settings)
+    formula = f"{sequences} sequences x ({length:,} tokens x {each:,} B + logits of {shape.vocab:,})"
+    return case.part("kv_cache", sequences * (length * each + 8 * shape.vocab), formula)
+
+
+def _device(case: _Case, allocated: int) -> tuple[Part, Part]:
+    facts = case.rules["device"][case.settings.device]
+    share = facts["fragmentation_full" if act.trains_everything(case.settings) else "fragmentation_adapters"]
+    return (
+        Part(
+            name="allocator",
+            bytes=round(allocated * share),
+            formula=f"{share:.1%} of what is allocated",
+            source=facts["source"],
+        ),
+        Part(
+            name="context",
+            bytes=facts["context_bytes"],
+            formula="what the process holds before the model",
+            source=facts["source"],
+        ),
     )
-    logits = 8 * sequences * spec.shape.vocab
-    return Part(
-        name="kv_cache", bytes=sequences * length * per_token + logits,
-        formula=f"{sequences} sequences x {length} tokens x {per_token} B + logits", source="ftadvisor-measured",
-    )  # fmt: skip
 
 
-def _communication(plan: Layout, settings: MemorySettings, rules: Mapping[str, Any]) -> Parts:
-    if settings.gpus < 2:
-        return []
-    facts = rules["communication"]
-    gathered = 0
-    if settings.shard != "none":
-        largest = max(plan.block_weights, plan.embedding, plan.head)
-        width = 4 if settings.weight_bits == 32 else 2
-        gathered = round(facts["gathered_blocks"] * largest * width)
-    return [Part(
-        name="communication", bytes=gathered + facts["buffer_bytes"],
-        formula="gathered block and the library's buffers", source=facts["source"],
-    )]  # fmt: skip
-
-
-def _device_parts(settings: MemorySettings, rules: Mapping[str, Any], allocated: int) -> Parts:
-    facts = rules["device"][settings.device]
-    group = "full" if tuner_name(settings.tuner) == "full" else "adapters"
-    return [
-        Part(
-            name="allocator", bytes=round(allocated * facts[f"fragmentation_{group}"]),
-            formula=f"{facts[f'fragmentation_{group}']:.0%} of what is allocated", source=facts["source"],
-        ),
-        Part(
-            name="context", bytes=facts["context_bytes"],
-            formula="what the process holds before the model", source=facts["source"],
-        ),
-    ]  # fmt: skip
-
-
-def _width(settings: MemorySettings, rules: Mapping[str, Any], plan: Layout) -> tuple[float, float]:
-    bands = rules["error"]
-    name = (
+def _width(case: _Case) -> tuple[float, float]:
+    """Factors of the band: measured error of the class, wider for each unknown."""
+    bands, settings = case.rules["error"], case.settings
+    names = [
         "full"
-        if tuner_name(settings.tuner) == "full"
+        if act.trains_everything(settings)
         else "quantised"
-        if settings.weight_bits == 4
+        if settings.weight_bits < 16
         else "adapters"
-    )
-    band = bands[name]
-    low, high = band["low"], band["high"]
-    if not plan.exact:
-        extra = bands["unknown_layout"]
-        low, high = low * extra["low"], high * extra["high"]
+    ]
+    if not case.plan.exact:
+        names.append("unknown_layout")
+    if settings.gpus > 1:
+        names.append("several_devices")
+    if settings.device != "cuda":
+        names.append(f"device_{settings.device}")
+    low = high = 1.0
+    for name in names:
+        low, high = low * bands[name]["low"], high * bands[name]["high"]
     return low, high
 
 
-def _notes(plan: Layout, settings: MemorySettings) -> tuple[str, ...]:
-    notes = [plan.note] if plan.note else []
-    if tuner_name(settings.tuner) in VIRTUAL and not settings.virtual_tokens:
+def _notes(case: _Case) -> tuple[str, ...]:
+    settings, tuner = case.settings, tuner_name(case.settings.tuner)
+    notes = [case.plan.note] if case.plan.note else []
+    if tuner in VIRTUAL and not settings.virtual_tokens:
         notes.append("the number of virtual tokens was not given and counts as none")
+    if tuner == "adapter" and not settings.bottleneck:
+        notes.append("the width of the adapters was not given and counts as none")
+    if tuner in LOW_RANK and not targeted(case.plan.linears, settings.target):
+        notes.append(f"no layer of this model is called {settings.target!r}; the adapters count as none")
+    if not states.optimizer_facts(settings, case.rules)[1]:
+        notes.append(f"the optimizer {settings.optimizer!r} is not known and counts as AdamW")
+    if settings.objective == "reward" and case.spec.shape.vocab and tuner == "full":
+        notes.append("the output matrix is replaced by a score of one value a sequence")
     return tuple(notes)

@@ -83,7 +83,7 @@ def _virtual(tuner: str, spec: ModelSpec, settings: MemorySettings) -> int:
 
 def _small(tuner: str, spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
     if tuner == "ia3":
-        return plan.blocks * sum(_ia3(one, settings) for one in _ia3_targets(spec, plan, settings))
+        return plan.blocks * sum(_ia3(one, settings) for one in ia3_targets(spec, plan, settings))
     if tuner == "layernorm":
         if spec.model_type == "gpt2":
             return plan.blocks * plan.block_norms + plan.final_norm
@@ -99,9 +99,9 @@ def _small(tuner: str, spec: ModelSpec, plan: Layout, settings: MemorySettings) 
     return plan.blocks * 2 * per_adapter
 
 
-def _ia3_targets(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> tuple[Linear, ...]:
-    """PEFT's own choice, unless modules are named: keys or queries, values, and what leads out of the MLP."""
-    if settings.target not in ("all-linear", "default"):
+def ia3_targets(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> tuple[Linear, ...]:
+    """Return PEFT's own choice, unless modules are named: keys or queries, values, and the way out of the MLP."""
+    if settings.target not in ("all-linear", "default", "keys-values-feedforward"):
         return _targets(plan, settings)
     first = "q_proj" if spec.model_type in IA3_QUERY_VALUE else "k_proj"
     return targeted(plan.linears, f"{first},v_proj,down_proj,qkv_proj,c_attn,mlp.c_proj")
