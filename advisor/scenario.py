@@ -423,5 +423,3 @@ def spec_of(key: str, facts: ModelFacts) -> ModelSpec:
         languages=facts.languages, fp16_safe=facts.fp16_safe, gguf_architecture=facts.gguf_architecture,
         source=facts.source, verified=facts.verified,
     )  # fmt: skip
-
-

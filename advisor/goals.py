@@ -1,0 +1,151 @@
+"""What does the person want, where must the model run, and what must not happen?
+
+Goes in: a Goal in free words and the synonyms of kb/rules/goals.toml and deploy.toml. Comes out: UnderstoodGoal,
+with the phrase that led to each reading, to be echoed and corrected. Never does: guess in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from advisor.errors import UnknownNameError
+from advisor.knowledge import Knowledge
+from advisor.types import Goal, UnderstoodGoal
+from advisor.units import from_gib
+
+NEGATION = re.compile(
+    r"\b(no|not|without|never|instead of|rather than|don't|do not|non)[\s-]+(?:\w+\s+){0,2}$"
+)
+
+
+def understand(goal: Goal, knowledge: Knowledge) -> UnderstoodGoal:
+    """Map a goal to task, deployment, wishes and requests by synonyms.
+
+    Args:
+        goal: the person's words and flags.
+        knowledge: the synonyms; the longest phrase of a group wins.
+
+    Raises:
+        UnknownNameError: `requested_method` names nothing that is known.
+    """
+    rules, deploy_rules = knowledge.rules["goals"], knowledge.rules["deploy"]
+    text = normalise(f"{goal.text} . {' . '.join(goal.priorities)}")
+    phrases: dict[str, str] = {}
+    tasks = _matches(normalise(goal.text), rules["task"])
+    wishes = _matches(text, rules["wish"])
+    for name, phrase in {**tasks, **wishes}.items():
+        phrases[name] = phrase
+    _flags(goal, wishes, phrases)
+    place, device = _deploy(goal, deploy_rules, phrases)
+    method, objective = _requested(goal, text, rules["method"], knowledge, phrases)
+    task = next(iter(tasks), "instruction")
+    gguf = bool(deploy_rules[place]["gguf"]) if place != "unstated" else False
+    return UnderstoodGoal(
+        task=task, tasks=tuple(tasks), deploy=place, device_bytes=device, wants_gguf=gguf,
+        wishes=tuple(sorted(wishes)), requested_method=method, requested_objective=objective,
+        phrases=phrases, unclear=_unclear(goal, tasks, place),
+    )  # fmt: skip
+
+
+def normalise(text: str) -> str:
+    """Lower-case, with plain quotes and single spaces."""
+    plain = text.lower().replace("’", "'").replace("‑", "-").replace("–", "-").replace("_", " ")
+    return re.sub(r"\s+", " ", plain).strip()
+
+
+def find_phrase(text: str, words: Iterable[str]) -> str | None:
+    """Return the longest of `words` that stands as whole words in the normalised text and is not negated."""
+    best: str | None = None
+    for word in words:
+        plain = normalise(word)
+        if best is not None and len(plain) <= len(best):
+            continue
+        for hit in re.finditer(rf"(?<![a-z0-9]){re.escape(plain)}(?![a-z0-9])", text):
+            if NEGATION.search(text[: hit.start()]) and not NEGATION.match(plain + " "):
+                continue
+            best = plain
+            break
+    return best
+
+
+def _matches(text: str, groups: Mapping[str, Any]) -> dict[str, str]:
+    """Group -> phrase, the group with the longest phrase first; ties keep the order of the file."""
+    found = {name: find_phrase(text, table["words"]) for name, table in groups.items()}
+    hits = [(name, phrase) for name, phrase in found.items() if phrase]
+    return dict(sorted(hits, key=lambda hit: -len(hit[1])))
+
+
+def _flags(goal: Goal, wishes: dict[str, str], phrases: dict[str, str]) -> None:
+    flags = {"commercial": goal.commercial, "must_not_forget": goal.must_not_forget or None}
+    for name, value in flags.items():
+        if value:
+            wishes[name] = phrases[name] = "declared"
+        elif value is False:
+            wishes.pop(name, None)
+            phrases.pop(name, None)
+
+
+def _deploy(goal: Goal, rules: Mapping[str, Any], phrases: dict[str, str]) -> tuple[str, int | None]:
+    """The place where the model will run, and the memory there."""
+    text = normalise(f"{goal.deploy} . {goal.text}")
+    places = {name: table for name, table in rules.items() if "words" in table}
+    own = {n: find_phrase(normalise(goal.deploy), t["words"]) for n, t in places.items()}
+    found = {
+        n: p or find_phrase(text, t["words"]) for (n, t), p in zip(places.items(), own.values(), strict=True)
+    }
+    place = next((n for n in places if own[n]), None) or next((n for n in places if found[n]), None)
+    if place is None:
+        return "unstated", None
+    phrases[f"deploy:{place}"] = found[place] or ""
+    said = re.search(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)\b", text)
+    if said:
+        phrases["device memory"] = said[0]
+        return place, from_gib(float(said[1]))
+    usual = places[place].get("memory_gib")
+    return place, from_gib(usual) if usual else None
+
+
+def _requested(
+    goal: Goal, text: str, rules: Mapping[str, Any], knowledge: Knowledge, phrases: dict[str, str]
+) -> tuple[str | None, str | None]:
+    """(tuner, objective) asked for, by flag or in the words of the goal."""
+    names = [n for part in re.split(r"[+,]", goal.requested_method or "") if (n := normalise(part))]
+    found = [_method_named(name, rules, knowledge) for name in names]
+    if not names:
+        hits = _matches(text, rules)
+        inner = {n for n, p in hits.items() for m, q in hits.items() if m != n and p in q and len(p) < len(q)}
+        found = [name for name in hits if name not in inner]
+        weak = {"full", "adapter", "none_rag", "sft"}
+        found = [n for n in found if n not in weak or len(hits[n]) > len("full")]
+    for name in found:
+        phrases[f"asked for {name}"] = "declared" if names else _matches(text, rules)[name]
+    tuner = next((n for n in found if n in knowledge.tuners or n.startswith("none")), None)
+    objective = next((n for n in found if n in knowledge.objectives), None)
+    return tuner, objective
+
+
+def _method_named(name: str, rules: Mapping[str, Any], knowledge: Knowledge) -> str:
+    ids = {
+        normalise(i): i
+        for i in (*knowledge.tuners, *knowledge.objectives, "none_rag", "none_prompting", "none")
+    }
+    if name in ids:
+        return ids[name]
+    for method, table in rules.items():
+        if name in {normalise(word) for word in table["words"]}:
+            return method
+    raise UnknownNameError("method", name, ids.values(), "ftadvisor explain methods")
+
+
+def _unclear(goal: Goal, tasks: Mapping[str, str], place: str) -> tuple[str, ...]:
+    unclear = []
+    if not tasks:
+        said = f"{goal.text!r} names no known kind of task" if goal.text else "the goal was not said"
+        unclear.append(f"{said}: taken as following instructions like those in the data")
+    if place == "unstated":
+        unclear.append("where the model must run was not said: any place with enough memory")
+    if goal.commercial is None and "commercial" not in tasks:
+        unclear.append("commercial use was not said: taken as not commercial")
+    return tuple(unclear)

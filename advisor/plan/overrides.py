@@ -1,0 +1,134 @@
+"""Puts the person's own settings (`--set key=value`) over the advised ones, says so, and checks what they do.
+
+Goes in: the settings of a stage and the overrides. Comes out: the settings obeyed, with the reason "set by you", and
+words about values outside the range of the sources. Never does: refuse a value that is merely unusual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from advisor.errors import UnknownNameError, UsageError
+from advisor.knowledge import Knowledge
+from advisor.plan.learning_rate import rate_facts
+from advisor.plan.settings import Sheet
+from advisor.recommend.gates import Proposal
+from advisor.recommend.situation import rule
+from advisor.types import MemorySettings, Objective, Value
+
+MEMORY_KEYS = {
+    "micro_batch": "micro_batch", "lora_r": "lora_r", "gradient_checkpointing": "gradient_checkpointing",
+    "optimizer": "optimizer", "precision": "precision", "weight_bits": "weight_bits", "loss": "loss",
+    "attention": "attention", "packing": "packed", "double_quant": "double_quant", "target": "target",
+    "num_generations": "generations", "virtual_tokens": "virtual_tokens", "bottleneck": "bottleneck",
+}  # fmt: skip
+"""Setting -> field of MemorySettings."""
+
+
+def check_names(overrides: Mapping[str, Value], sheets: Mapping[str, Sheet]) -> None:
+    """Refuse a setting that no stage has.
+
+    Raises:
+        UnknownNameError: with the nearest valid names.
+    """
+    known = {name for sheet in sheets.values() for name in sheet.settings}
+    for key in overrides:
+        stage, _, name = key.rpartition(".")
+        if stage and stage not in sheets:
+            raise UnknownNameError("stage", stage, sheets, "The stages of this plan: " + ", ".join(sheets))
+        if name not in (sheets[stage].settings if stage else known):
+            raise UnknownNameError("setting", name, known, "ftadvisor explain settings")
+
+
+def apply(
+    sheet: Sheet,
+    objective: Objective,
+    proposal: Proposal,
+    overrides: Mapping[str, Value],
+    knowledge: Knowledge,
+) -> list[str]:
+    """Apply the overrides of one stage; return those outside the sourced range, in words.
+
+    Raises:
+        UsageError: a value of another kind than the setting has.
+    """
+    strange: list[str] = []
+    for key, value in sorted(overrides.items()):
+        stage, _, name = key.rpartition(".")
+        if (stage and stage != objective) or name not in sheet.settings:
+            continue
+        advised = sheet.settings[name]
+        value = _same_kind(name, value, advised)
+        if words := _outside(name, value, objective, proposal, knowledge):
+            strange.append(words)
+        sheet.put(name, value, f"set by you; the advice was {advised}", sheet.why[name].source)
+    return strange
+
+
+def _same_kind(name: str, value: Value, advised: Value) -> Value:
+    if isinstance(advised, bool) or isinstance(value, bool):
+        if isinstance(advised, bool) and isinstance(value, bool):
+            return value
+        raise UsageError(
+            f"{name}={value!r} is not of the right kind.", f"For example: --set {name}={advised}"
+        )
+    if isinstance(advised, int | float):
+        if (
+            isinstance(value, int | float)
+            and value == value
+            and (value > 0 or name == "max_steps" or not advised)
+        ):
+            if isinstance(advised, int) and name != "epochs" and float(value).is_integer():
+                return int(value)
+            return value
+        raise UsageError(
+            f"{name}={value!r} must be a positive number.", f"For example: --set {name}={advised}"
+        )
+    if isinstance(advised, str) and not isinstance(value, str | list):
+        raise UsageError(f"{name}={value!r} must be a word.", f"For example: --set {name}={advised}")
+    return value
+
+
+def _outside(name: str, value: Value, objective: Objective, proposal: Proposal, knowledge: Knowledge) -> str:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return ""
+    if name == "learning_rate":
+        facts = rate_facts(objective, proposal.facts.group, knowledge)
+        low, high = facts.low, facts.high
+        small = rule(knowledge, "settings", "learning_rate_change")
+        if proposal.spec.parameters < small["small_model_below"]:
+            high *= small["small_model_preference_factor"]
+    else:
+        ranges = rule(knowledge, "settings", "ranges")
+        band = ranges.get(objective, {}).get(name) or ranges.get(name)
+        if band is None or isinstance(band, dict):
+            return ""
+        low, high = band
+    if low <= value <= high:
+        return ""
+    return f"{objective}: {name} = {value:g}, sources use {low:g} to {high:g}"
+
+
+def memory_with(settings: MemorySettings, sheet: Sheet, changed: Iterable[str]) -> MemorySettings:
+    """The estimator's input with the overridden settings in it."""
+    changes: dict[str, object] = {}
+    names = {key.rpartition(".")[2] for key in changed}
+    for name in names & MEMORY_KEYS.keys():
+        if name in sheet.settings:
+            changes[MEMORY_KEYS[name]] = sheet.settings[name]
+    length = sheet.settings.get("max_seq_len")
+    completion = sheet.settings.get("max_completion_length", 0)
+    if (
+        names & {"max_seq_len", "max_completion_length"}
+        and isinstance(length, int)
+        and isinstance(completion, int)
+    ):
+        changes["seq_len"] = length + completion
+    try:
+        return msgspec.convert({**msgspec.structs.asdict(settings), **changes}, type=MemorySettings)
+    except msgspec.ValidationError as problem:
+        raise UsageError(
+            f"A setting has a value that does not exist: {problem}", "ftadvisor explain settings"
+        ) from problem

@@ -1,0 +1,259 @@
+"""Warnings about the data: amount, state, labels, mixture, language.
+
+Goes in: a Case. Comes out: for each code the figures of its text, or None when it does not apply.
+Never does: hold the texts (kb/warnings.toml).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from advisor.knowledge import Knowledge
+from advisor.plan.case import Case, limit
+from advisor.plan.settings import new_language, replay
+from advisor.recommend.chains import PREFERENCE
+from advisor.recommend.situation import rows_of, rule, unequal_ratio
+from advisor.recommend.weigh import data_excess
+
+Values = dict[str, Any] | None
+
+
+def small_data_overfit(case: Case, knowledge: Knowledge) -> Values:
+    """Few demonstrations, or few judged answers."""
+    judged = rows_of((*case.situation.pairs, *case.situation.unpaired))
+    few_rows = 0 < case.rows < limit(knowledge, "data", "rows", "modest_below")
+    few_pairs = 0 < judged < limit(knowledge, "data", "preference", "modest_below")
+    if not (few_rows or few_pairs):
+        return None
+    rows = case.rows if few_rows else judged
+    serious = rows < limit(knowledge, "data", "rows", "small_below")
+    return {"rows": f"{rows:,}", "severity": "must" if serious else "should"}
+
+
+def no_holdout(case: Case, knowledge: Knowledge) -> Values:
+    """Nothing is kept apart to measure with."""
+    if any(d.holdout_rows == 0 for d in case.situation.train):
+        return {"severity": "must"}
+    kept = [stage.settings.get("heldout_fraction") for stage in case.stages]
+    unmeasured = case.rows and all(share == 0.0 for share in kept)
+    if unmeasured and not any(d.holdout_rows for d in case.situation.train):
+        return {}
+    few = 0 < case.rows < limit(knowledge, "data", "rows", "small_below")
+    return {} if few and not any(d.holdout_rows for d in case.situation.train) else None
+
+
+def instruct_base_choice(case: Case, knowledge: Knowledge) -> Values:
+    """Few rows: start from the instruct model."""
+    return {} if 0 < case.rows < limit(knowledge, "data", "rows", "modest_below") else None
+
+
+def dedupe(case: Case, knowledge: Knowledge) -> Values:
+    """Rows that repeat."""
+    shares = [d.duplicate_fraction or 0.0 for d in case.situation.train]
+    shares += [
+        f.count / d.rows
+        for d in case.situation.train
+        for f in d.findings
+        if f.code.startswith("duplicate") and d.rows
+    ]
+    share = max(shares, default=0.0)
+    if share < limit(knowledge, "data", "defects", "duplicates_warn"):
+        return None
+    serious = share >= limit(knowledge, "data", "defects", "duplicates_fix")
+    return {"severity": "must" if serious else "should", "detail": f"{share:.0%} of the rows repeat others"}
+
+
+def chat_template(case: Case, knowledge: Knowledge) -> Values:
+    """Every stage that trains turns."""
+    mixed = any(d.mixed_templates for d in case.situation.train)
+    if mixed:
+        return {
+            "severity": "must",
+            "detail": "the rows are written in several templates; bring them into one",
+        }
+    return {} if set(case.objectives) - {"cpt"} else None
+
+
+def eos_pad(case: Case, knowledge: Knowledge) -> Values:
+    """Every SFT stage."""
+    return {} if set(case.objectives) & {"sft", "orpo"} else None
+
+
+def mask_loss(case: Case, knowledge: Knowledge) -> Values:
+    """SFT on rows that hold questions and answers."""
+    return {} if "sft" in case.objectives else None
+
+
+def tools_column(case: Case, knowledge: Knowledge) -> Values:
+    """Tool calling without the tools."""
+    return {} if any(d.has_tools_column is False for d in case.situation.demos) else None
+
+
+def truncation(case: Case, knowledge: Knowledge) -> Values:
+    """Rows longer than the training sequence."""
+    for stage in case.stages:
+        length = stage.settings.get("max_seq_len")
+        if stage.objective == "cpt" or not isinstance(length, int):
+            continue
+        named = [d for d in case.situation.train if d.name in stage.datasets]
+        known = [n for d in named if (n := d.max_tokens or d.p95_tokens)]
+        if known and max(known) > length:
+            return {"tokens": f"{length:,}", "severity": "must"}
+        means = [d.mean_tokens for d in named if d.mean_tokens]
+        if means and max(means) * limit(knowledge, "data", "lengths", "p95_over_mean") > length:
+            return {"tokens": f"{length:,}"}
+    return None
+
+
+def unpaired_use_kto(case: Case, knowledge: Knowledge) -> Values:
+    """Thumbs without pairs."""
+    return {} if case.situation.unpaired else None
+
+
+def balance_labels(case: Case, knowledge: Knowledge) -> Values:
+    """Far more labels of one side."""
+    rules = rule(knowledge, "data", "balance")
+    for dataset in case.situation.unpaired:
+        share = dataset.positive_fraction
+        if share is None:
+            continue
+        odds = share / max(1 - share, 0.001)
+        if not rules["low"] / rules["high"] <= odds <= rules["high"]:
+            return {"detail": f"{share:.0%} of the labels are positive"}
+    return None
+
+
+def likelihood_displacement(case: Case, knowledge: Knowledge) -> Values:
+    """Pairs that hardly differ; for every preference stage on pairs it is worth watching."""
+    similar = max([d.pair_similarity or 0.0 for d in case.situation.pairs], default=0.0)
+    if similar >= limit(knowledge, "data", "defects", "similarity_warn"):
+        return {"severity": "must", "detail": f"the two answers of a pair are {similar:.0%} alike"}
+    return {"severity": "should"} if set(case.objectives) & {"dpo", "simpo"} else None
+
+
+def needs_nonzero_success(case: Case, knowledge: Knowledge) -> Values:
+    """Reinforcement needs tasks that are solved sometimes."""
+    if not case.situation.answered and not set(case.objectives) & {"grpo", "rloo"}:
+        return None
+    rates = [d.baseline_pass_rate for d in case.situation.answered if d.baseline_pass_rate is not None]
+    if not rates:
+        return {"severity": "should"}
+    rules = rule(knowledge, "data", "reinforcement")
+    if max(rates) <= rules["pass_rate_low"]:
+        return {"severity": "must", "detail": f"it solves {max(rates):.0%} of them now"}
+    if min(rates) >= rules["pass_rate_high"]:
+        return {
+            "severity": "should",
+            "detail": f"it solves {min(rates):.0%} already, so little is left to learn from",
+        }
+    return {"severity": "should"} if max(rates) < 0.2 else None
+
+
+def mixing_cap(case: Case, knowledge: Knowledge) -> Values:
+    """Tasks of different size in one training."""
+    situation = case.situation
+    if situation.tasks < 2:
+        return None
+    rules, ratio = rule(knowledge, "data", "mixture"), unequal_ratio(situation)
+    unequal = ratio >= rules["unequal_ratio"]
+    detail = f"the largest task has {ratio:.0f} times the rows of the smallest" if unequal else ""
+    return {"severity": "must" if unequal else "should", "detail": detail}
+
+
+def replay_mix(case: Case, knowledge: Knowledge) -> Values:
+    """Old or general data is mixed in."""
+    for stage in case.stages:
+        share, _, _ = replay(stage.objective, case.situation, knowledge)
+        if share:
+            return {"detail": f"{share:.0%} of the training rows"}
+    return {} if case.situation.task_kind == "continual" else None
+
+
+def forgetting(case: Case, knowledge: Knowledge) -> Values:
+    """What was known may be lost."""
+    wanted = case.situation.wish("must_not_forget") or case.situation.task_kind == "continual"
+    if wanted:
+        return {"severity": "must"}
+    if "cpt" in case.objectives or case.tuner == "full":
+        return {"severity": "should"}
+    return None
+
+
+def lora_capacity(case: Case, knowledge: Knowledge) -> Values:
+    """More data than an adapter holds."""
+    if not case.option or case.option.proposal.facts.group != "lora":
+        return None
+    return {} if data_excess(case.situation, knowledge) >= 0 else None
+
+
+def tokenizer_fertility(case: Case, knowledge: Knowledge) -> Values:
+    """Languages that tokenizers split into many pieces."""
+    costly = set(rule(knowledge, "data", "languages")["costly"])
+    hit = sorted(set(case.situation.languages) & costly)
+    if hit:
+        return {"detail": f"languages {', '.join(hit)}"}
+    return {} if new_language(case.situation, knowledge) else None
+
+
+def train_embeddings(case: Case, knowledge: Knowledge) -> Values:
+    """A new language needs new word vectors."""
+    return {} if "cpt" in case.objectives and new_language(case.situation, knowledge) else None
+
+
+def rag_instead(case: Case, knowledge: Knowledge) -> Values:
+    """Facts belong into retrieval."""
+    situation = case.situation
+    if case.advice.decision.instead == "none_rag":
+        return {"severity": "must"}
+    asks_facts = "facts" in situation.goal.tasks or situation.wish("changing_facts")
+    return {"severity": "should"} if asks_facts or any(d.kind == "qa" for d in situation.demos) else None
+
+
+def new_facts_hallucinate(case: Case, knowledge: Knowledge) -> Values:
+    """Training on new facts raises invention."""
+    situation = case.situation
+    holds_facts = any(d.kind in ("documents", "qa") for d in situation.train)
+    asks = "facts" in situation.goal.tasks or situation.wish("changing_facts")
+    if case.advice.decision.instead == "none_rag" or asks:
+        return {"severity": "must"}
+    return {"severity": "should"} if holds_facts else None
+
+
+def keep_reasoning_data(case: Case, knowledge: Knowledge) -> Values:
+    """A model that thinks before it answers, trained on answers without the thinking."""
+    if case.spec is None or "sft" not in case.objectives:
+        return None
+    kinds = {d.kind for d in case.situation.demos}
+    if kinds == {"reasoning_chat"}:
+        return None
+    facts = knowledge.models.get(case.spec.id)
+    thinks = bool(facts and "reasoning" in facts.strengths)
+    if not thinks and "reasoning_chat" not in kinds:
+        return None
+    return {"severity": "must" if thinks and "reasoning_chat" not in kinds else "should"}
+
+
+def separate_adapters(case: Case, knowledge: Knowledge) -> Values:
+    """One adapter for each tenant."""
+    return {} if case.situation.tenants > 1 or case.situation.wish("tenants") else None
+
+
+def sft_first(case: Case, knowledge: Knowledge) -> Values:
+    """Preferences shape a model that can already do the task."""
+    if not set(case.objectives) & (PREFERENCE - {"orpo"} | {"rloo", "grpo"}):
+        return None
+    if case.situation.scenario.goal.model_state == "own_sft":
+        return None
+    has_sft = "sft" in case.objectives
+    return {"severity": "should" if has_sft or case.situation.answered else "must"}
+
+
+CHECKS = tuple(
+    (check.__name__, check)
+    for check in (
+        rag_instead, new_facts_hallucinate, small_data_overfit, no_holdout, instruct_base_choice, dedupe,
+        chat_template, eos_pad, mask_loss, tools_column, truncation, unpaired_use_kto, balance_labels,
+        likelihood_displacement, needs_nonzero_success, sft_first, mixing_cap, forgetting, replay_mix,
+        lora_capacity, tokenizer_fertility, train_embeddings, keep_reasoning_data, separate_adapters,
+    )
+)  # fmt: skip

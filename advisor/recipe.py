@@ -1,0 +1,127 @@
+"""The file that a training program runs: all settings of one stage, for a person to read, edit and run again.
+
+Goes in: a Plan, or the bytes of a recipe file. Comes out: Recipe records, or byte-stable YAML. Checks a recipe against
+the keys that its program accepts. Never does: read or write files; choose a setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import yaml
+
+from advisor.errors import InputError, UnknownNameError, UsageError
+from advisor.storage import encode_yaml
+from advisor.types import (
+    DatasetProfile,
+    Plan,
+    PlanModel,
+    Program,
+    ProgramKey,
+    Recipe,
+    RecipeDataset,
+    RecipeModel,
+    Stage,
+    Value,
+)
+
+HEADER = """\
+# A training recipe of ftadvisor: stage {stage}, {objective} with {tuner}. The reason of every setting is in plan.json.
+# Edit the settings and run it again: ftadvisor run FOLDER
+"""
+KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "list": (list,), "table": (dict,),
+}  # fmt: skip
+
+
+def recipes_of(plan: Plan, *, packages: Mapping[str, str], seed: int) -> tuple[Recipe, ...]:
+    """Return one recipe for each stage of a plan.
+
+    Args:
+        plan: with a model and stages; a plan without stages gives no recipes.
+        packages: name -> version installed now, kept as information.
+        seed: of every random choice in training.
+    """
+    if plan.model is None:
+        return ()
+    return tuple(_recipe(stage, plan, plan.model, packages, seed) for stage in plan.stages)
+
+
+def _recipe(stage: Stage, plan: Plan, model: PlanModel, packages: Mapping[str, str], seed: int) -> Recipe:
+    named = {profile.name: profile for profile in plan.datasets}
+    return Recipe(
+        program=stage.program, objective=stage.objective, tuner=plan.method,
+        model=RecipeModel(id=model.id, path=model.path, revision=model.revision),
+        datasets=tuple(_dataset(named[name]) for name in stage.datasets if name in named),
+        settings=dict(stage.settings), seed=seed, packages=dict(sorted(packages.items())),
+    )  # fmt: skip
+
+
+def _dataset(profile: DatasetProfile) -> RecipeDataset:
+    return RecipeDataset(
+        name=profile.name, path=profile.path or "", kind=profile.kind, sha256=profile.sha256,
+        mapping=profile.mapping, format=profile.format,
+    )  # fmt: skip
+
+
+def encode(recipe: Recipe) -> bytes:
+    """Return a recipe as YAML below a comment that says what it is; the same recipe always gives the same bytes."""
+    head = HEADER.format(stage=recipe.program, objective=recipe.objective, tuner=recipe.tuner)
+    return head.encode() + encode_yaml(recipe)
+
+
+def decode(content: bytes, where: str) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        content: its bytes.
+        where: its path, for messages.
+
+    Raises:
+        InputError: it is not YAML, or a field is unknown, missing or of the wrong type.
+    """
+    remedy = f"Mend {where}, or plan again: ftadvisor plan"
+    try:
+        plain = yaml.load(content, Loader=yaml.CSafeLoader)
+        return msgspec.convert(plain, type=Recipe)
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise InputError(f"{where} is not valid YAML: {problem}", remedy) from problem
+    except msgspec.ValidationError as problem:
+        raise InputError(f"{where}: {problem}", remedy) from problem
+
+
+def check(recipe: Recipe, program: Program) -> None:
+    """Compare the settings of a recipe with the keys that its program accepts.
+
+    Raises:
+        UsageError: a key is unknown (the nearest is named) or missing, or a value is out of its range.
+    """
+    if program.objectives and recipe.objective not in program.objectives:
+        raise UnknownNameError(f"objective for {recipe.program}", recipe.objective, program.objectives)
+    if program.tuners and recipe.tuner not in program.tuners:
+        raise UnknownNameError(f"tuner for {recipe.program}", recipe.tuner, program.tuners)
+    see = f"See recipes/{recipe.program}/program.toml"
+    for key, value in recipe.settings.items():
+        if key not in program.keys:
+            raise UnknownNameError(f"setting of {recipe.program}", key, program.keys, see)
+        _check_value(key, value, program.keys[key], see)
+    missing = [key for key, facts in program.keys.items() if facts.required and key not in recipe.settings]
+    if missing:
+        raise UsageError(f"The recipe lacks {', '.join(missing)}.", see)
+
+
+def _check_value(key: str, value: Value, facts: ProgramKey, see: str) -> None:
+    if value is None and not facts.required:
+        return
+    is_bool = isinstance(value, bool)
+    if not isinstance(value, KINDS[facts.type]) or is_bool != (facts.type == "bool"):
+        raise UsageError(f"{key} = {value!r} must be of type {facts.type}.", see)
+    if facts.choices and value not in facts.choices:
+        raise UnknownNameError(f"value of {key}", str(value), facts.choices, see)
+    if not isinstance(value, int | float):
+        return
+    if not ((facts.low is None or value >= facts.low) and (facts.high is None or value <= facts.high)):
+        low = "any" if facts.low is None else f"{facts.low:g}"
+        high = "any" if facts.high is None else f"{facts.high:g}"
+        raise UsageError(f"{key} = {value} must lie between {low} and {high}.", see)

@@ -1,0 +1,295 @@
+"""What should be trained, on which model and how, and what was turned down for which reason?
+
+Goes in: a Scenario and the knowledge base. Comes out: `Advice` (for the planner) or its candidates, the chosen first.
+Never does: settings (advisor.plan), I/O, chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import msgspec
+
+from advisor.knowledge import Knowledge
+from advisor.recommend.amount import hours_of
+from advisor.recommend.chains import Decision, decide
+from advisor.recommend.fit import Fit, NoFit, fit
+from advisor.recommend.gates import Objection, Proposal, objection_to_model, objection_to_tuner
+from advisor.recommend.situation import Situation, read_situation, rule
+from advisor.recommend.weigh import prefers_base, weigh_model, weigh_substitute, weigh_tuner
+from advisor.scenario import spec_of
+from advisor.types import Candidate, ModelSpec, Record, Scenario
+from advisor.units import format_bytes
+
+MORE_ESTIMATES = 3
+"""Candidates that are estimated beyond the chosen one, where the model is free."""
+
+__all__ = ["Advice", "Option", "advise", "recommend"]
+
+
+class Option(Record, frozen=True, kw_only=True):
+    """One combination with its judgement."""
+
+    proposal: Proposal
+    score: float
+    reasons: tuple[str, ...]
+    objection: Objection | None = None
+    fit: Fit | None = None
+    no_fit: NoFit | None = None
+    hours: float = 0.0
+    """Expected training time, where it fits."""
+    in_time: bool = True
+    """False when it takes longer than the person allows, or than anyone would wait."""
+
+    @property
+    def possible(self) -> bool:
+        """True when nothing speaks against it."""
+        return self.objection is None and self.no_fit is None
+
+
+class Advice(Record, frozen=True, kw_only=True):
+    """Everything that the planner needs to know about the choice."""
+
+    situation: Situation
+    decision: Decision
+    chosen: Option | None
+    options: tuple[Option, ...]
+    asked_model: str = ""
+    model_refused: Objection | None = None
+    """Why the model asked for is not the one chosen."""
+    method_refused: Objection | None = None
+    """Why the tuner asked for is not the one chosen."""
+
+
+def recommend(scenario: Scenario, knowledge: Knowledge) -> tuple[Candidate, ...]:
+    """Return every candidate that was considered: the chosen first, then possible, then rejected ones."""
+    return candidates_of(advise(scenario, knowledge))
+
+
+def advise(scenario: Scenario, knowledge: Knowledge) -> Advice:
+    """Choose chain, model and tuner for a scenario."""
+    situation = read_situation(scenario, knowledge)
+    decision = decide(situation, knowledge)
+    if not decision.chain:
+        return Advice(situation=situation, decision=decision, chosen=None, options=())
+    if situation.spec is None:
+        options = _judge(_free_models(situation, decision, knowledge), situation, decision, knowledge)
+        return _advice(situation, decision, options, None)
+    asked = situation.spec
+    named = _judge([(asked, 0.0, [])], situation, decision, knowledge)
+    if any(option.fit for option in named):
+        return _advice(situation, decision, named, None)
+    refused = _why_not_this_model(named)
+    others = _judge(_substitutes(asked, situation, decision, knowledge), situation, decision, knowledge)
+    return _advice(situation, decision, (*others, *named), refused)
+
+
+def _advice(
+    situation: Situation, decision: Decision, options: tuple[Option, ...], refused: Objection | None
+) -> Advice:
+    fitting = [option for option in options if option.fit]
+    asked = situation.goal.requested_method
+    wished = [o for o in fitting if o.proposal.tuner == asked]
+    plain = [o for o in fitting if o.fit and not o.fit.layout.offload]
+    plain = [o for o in plain if o.in_time] or plain
+    chosen = next(iter(wished or plain or fitting), None)
+    method_refused = None
+    if asked and not asked.startswith("none") and (chosen is None or chosen.proposal.tuner != asked):
+        method_refused = _why_not_this_tuner(asked, options)
+    return Advice(
+        situation=situation, decision=decision, chosen=chosen, options=options,
+        asked_model=situation.named.asked, model_refused=refused, method_refused=method_refused,
+    )  # fmt: skip
+
+
+# --- which models --------------------------------------------------------------------------------
+
+Weighted = tuple[ModelSpec, float, list[str]]
+
+
+def _free_models(situation: Situation, decision: Decision, knowledge: Knowledge) -> list[Weighted]:
+    return _weigh_all(situation, decision, knowledge, lambda spec: weigh_model(spec, situation, knowledge))
+
+
+def _substitutes(
+    asked: ModelSpec, situation: Situation, decision: Decision, knowledge: Knowledge
+) -> list[Weighted]:
+    found = _weigh_all(
+        situation, decision, knowledge, lambda spec: weigh_substitute(spec, asked, situation, knowledge)
+    )
+    return [weighted for weighted in found if weighted[0].id != asked.id]
+
+
+def _weigh_all(
+    situation: Situation, decision: Decision, knowledge: Knowledge,
+    weigh: Callable[[ModelSpec], tuple[float, list[str]]],
+) -> list[Weighted]:  # fmt: skip
+    base = prefers_base(situation, decision.chain)
+    found: list[Weighted] = []
+    for key, facts in knowledge.models.items():
+        if facts.recommend and (facts.instruct or base):
+            if situation.goal.wants_gguf and facts.gguf_architecture is None:
+                continue
+            spec = spec_of(key, facts)
+            found.append((spec, *weigh(spec)))
+    return found
+
+
+# --- judging -------------------------------------------------------------------------------------
+
+
+def _judge(
+    models: Iterable[Weighted], situation: Situation, decision: Decision, knowledge: Knowledge
+) -> tuple[Option, ...]:
+    """Gate and weigh all combinations, then estimate from the best down until enough is known."""
+    options = [
+        option
+        for spec, points, reasons in models
+        for option in _options(spec, points, reasons, situation, decision, knowledge)
+    ]
+    asked = situation.goal.requested_method
+    options.sort(
+        key=lambda o: (o.proposal.tuner != asked, -round(o.score, 9), o.proposal.spec.id, o.proposal.tuner)
+    )
+    many = situation.spec is None or len({o.proposal.spec.id for o in options}) > 1
+    judged = _estimate_in_order(options, situation, knowledge, many=many, offload=False)
+    if any(option.fit for option in judged) and not (asked == "full" and situation.machine.gpus > 1):
+        return tuple(judged)
+    if any(o.fit and o.proposal.tuner == asked for o in judged):
+        return tuple(judged)
+    return tuple(_estimate_in_order(judged, situation, knowledge, many=many, offload=True))
+
+
+def _options(
+    spec: ModelSpec, points: float, reasons: list[str], situation: Situation, decision: Decision,
+    knowledge: Knowledge,
+) -> list[Option]:  # fmt: skip
+    blocked = objection_to_model(spec, situation, knowledge)
+    if blocked and not blocked.hard and situation.force:
+        blocked = None
+    found = []
+    for tuner, facts in knowledge.tuners.items():
+        proposal = Proposal(spec=spec, tuner=tuner, facts=facts, chain=decision.chain)
+        objection = blocked or objection_to_tuner(proposal, situation, knowledge)
+        insisted = situation.force and situation.goal.requested_method == tuner
+        if objection and objection is not blocked and not objection.hard and insisted:
+            objection = None
+        score, why = weigh_tuner(proposal, situation, knowledge)
+        found.append(
+            Option(proposal=proposal, score=score + points, reasons=(*reasons, *why), objection=objection)
+        )
+    return found
+
+
+def _estimate_in_order(
+    options: list[Option], situation: Situation, knowledge: Knowledge, *, many: bool, offload: bool
+) -> list[Option]:
+    judged: list[Option] = []
+    more: int | None = None
+    for option in options:
+        if option.objection or option.fit or (more is not None and more <= 0):
+            judged.append(option)
+            continue
+        found = fit(option.proposal, situation, knowledge, offload=offload)
+        if isinstance(found, NoFit):
+            no_fit = option.no_fit if offload and option.no_fit else found
+            judged.append(msgspec.structs.replace(option, no_fit=no_fit))
+            continue
+        hours = hours_of(found, option.proposal, situation, knowledge)
+        limit = situation.scenario.goal.max_hours or rule(knowledge, "choice", "fit")["patience_hours"]
+        in_time = hours <= limit
+        judged.append(msgspec.structs.replace(option, fit=found, no_fit=None, hours=hours, in_time=in_time))
+        if many and (in_time or more is not None):
+            more = MORE_ESTIMATES if more is None else more - 1
+    return judged
+
+
+def _why_not_this_model(options: tuple[Option, ...]) -> Objection:
+    main = [o for o in options if o.proposal.tuner in ("qlora", "lora", "full")]
+    for option in main:
+        if option.objection and option.objection.code in ("licence", "fp16_overflow_model", "context"):
+            return option.objection
+    tried = [o.no_fit for o in options if o.no_fit and o.proposal.tuner in ("qlora", "lora", "full")]
+    if tried:
+        least = min(tried, key=lambda n: n.needed_bytes)
+        return Objection(
+            code="does_not_fit", reason=least.reason, source="memory-lab", needed_bytes=least.needed_bytes
+        )
+    blocked = [o.objection for o in main if o.objection]
+    return (
+        blocked[0] if blocked else Objection(code="does_not_fit", reason="nothing fits", source="memory-lab")
+    )
+
+
+def _why_not_this_tuner(tuner: str, options: tuple[Option, ...]) -> Objection:
+    for option in options:
+        if option.proposal.tuner == tuner and option.objection:
+            return option.objection
+        if option.proposal.tuner == tuner and option.no_fit:
+            return Objection(
+                code="does_not_fit",
+                reason=option.no_fit.reason,
+                source="memory-lab",
+                needed_bytes=option.no_fit.needed_bytes,
+            )
+    return Objection(code="change_plan", reason="there is no reason to train it here", source="judgement")
+
+
+# --- candidates ----------------------------------------------------------------------------------
+
+
+def candidates_of(advice: Advice) -> tuple[Candidate, ...]:
+    """Every option as the contract shows it, then the objectives that were turned down."""
+    rows = [_candidate(option, advice) for option in advice.options]
+    order = {"chosen": 0, "possible": 1, "rejected": 2}
+    rows.sort(key=lambda c: (order[c.verdict], -c.score, c.model, c.method))
+    decision = advice.decision
+    if decision.instead:
+        rows.insert(
+            0,
+            Candidate(method=decision.instead, verdict="chosen", score=1.0, reasons=(decision.instead_why,)),
+        )
+    turned_down = tuple(
+        Candidate(method=objective, verdict="rejected", score=0.0, reasons=(reason,), objectives=(objective,))
+        for objective, reason in decision.rejected.items()
+    )
+    return (*rows, *turned_down)
+
+
+def _candidate(option: Option, advice: Advice) -> Candidate:
+    proposal, chosen = option.proposal, option is advice.chosen and advice.decision.instead is None
+    fitted = option.fit
+    peak = None
+    if fitted:
+        peak = max((s.estimate.peak_bytes for s in fitted.stages), key=lambda band: band.high)
+    return Candidate(
+        method=proposal.tuner, verdict="chosen" if chosen else _verdict(option, advice),
+        score=round(option.score, 4), reasons=_reasons(option, advice), model=proposal.spec.id,
+        objectives=proposal.chain,
+        precision=fitted.stages[0].settings.precision if fitted else advice.situation.machine.precision,
+        weight_bits=fitted.stages[0].settings.weight_bits if fitted else 4 if proposal.facts.quantised_base else 16,
+        parallel=fitted.layout.parallel if fitted else "none", peak_bytes=peak,
+    )  # fmt: skip
+
+
+def _verdict(option: Option, advice: Advice) -> Literal["possible", "rejected"]:
+    if not option.possible or advice.decision.instead:
+        return "rejected"
+    return "possible"
+
+
+def _reasons(option: Option, advice: Advice) -> tuple[str, ...]:
+    if option.objection:
+        return (option.objection.reason,)
+    if option.no_fit:
+        return (option.no_fit.reason,)
+    reasons = list(option.reasons)
+    if option.fit:
+        high, free = option.fit.peak_high, advice.situation.machine.free_bytes
+        reasons.append(f"needs at most {format_bytes(high)} of {format_bytes(free)}")
+    else:
+        reasons.append("ranks lower, so its memory was not estimated")
+    if advice.decision.instead:
+        reasons.insert(0, advice.decision.instead_why)
+    return tuple(reasons)

@@ -1,0 +1,122 @@
+"""How many passes over the data, in which batches, and how long does that take?
+
+Goes in: a Proposal that fits, and the Situation. Comes out: epochs, batch sizes, packing, a TimeEstimate.
+Never does: judge whether the time is acceptable.
+"""
+
+from __future__ import annotations
+
+from advisor.estimate.time import estimate_time
+from advisor.knowledge import Knowledge
+from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
+from advisor.recommend.fit import Fit, StageFit, datasets_of
+from advisor.recommend.gates import Proposal
+from advisor.recommend.situation import Situation, megabytes_of, rows_of, rule
+from advisor.types import Objective, TimeEstimate
+
+
+def stage_rows(objective: Objective, situation: Situation, knowledge: Knowledge, seq_len: int) -> int:
+    """Training rows of a stage; plain text counts in pieces of the sequence length."""
+    datasets = datasets_of(objective, situation)
+    if objective != "cpt":
+        return rows_of(datasets)
+    each = float(rule(knowledge, "data", "text_volume")["bytes_per_token"])
+    tokens = megabytes_of(datasets) * 1e6 / each
+    return max(1, round(tokens / max(seq_len, 1)))
+
+
+def epochs_for(
+    objective: Objective, proposal: Proposal, situation: Situation, knowledge: Knowledge
+) -> tuple[int, str]:
+    """Passes over the data, and why."""
+    rules = rule(knowledge, "settings", "epochs")
+    if objective in PREFERENCE:
+        return int(rules["preference"]), "preferences are learned in one pass; more passes over-optimise"
+    if objective in REINFORCEMENT:
+        return int(rules["reinforcement"]), "each prompt is tried several times within one pass"
+    if objective in ("cpt", "reward"):
+        key = "pretraining" if objective == "cpt" else "reward"
+        return int(rules[key]), "one pass; a second one mostly memorises"
+    rows = rows_of(datasets_of(objective, situation))
+    index = next(i for i, least in enumerate(rules["from_rows"]) if rows >= least)
+    epochs = int(rules["epochs"][index])
+    why = f"{rows:,} rows: {epochs} pass{'es' if epochs > 1 else ''}, the fewer the more rows there are"
+    if proposal.facts.gguf == "virtual_tokens":
+        return max(epochs, int(rules["soft_prompt"])), "virtual tokens learn slowly"
+    if situation.wish("must_not_forget") or situation.earlier:
+        most = int(rules["must_not_forget_most"])
+        if epochs > most:
+            return most, f"at most {most} passes, because every pass forgets a little more"
+    return epochs, why
+
+
+def batch_for(
+    objective: Objective, proposal: Proposal, stage: StageFit, situation: Situation, knowledge: Knowledge
+) -> tuple[int, int, str, str]:
+    """(micro-batch, effective batch, why, source)."""
+    wanted, why, source = _wanted_batch(objective, proposal, situation, knowledge)
+    gpus = stage.settings.gpus
+    micro = stage.settings.micro_batch
+    if stage.settings.packed:
+        each = max(1.0, stage.settings.seq_len / max(stage.lengths.mean, 1.0))
+        wanted = max(1, round(wanted / each))
+        why += f"; a packed sequence holds about {each:.0f} rows"
+    generations = stage.settings.generations if objective in REINFORCEMENT else 1
+    unit = micro * gpus
+    effective = max(unit, round(wanted / unit) * unit)
+    while objective in REINFORCEMENT and generations and effective % generations:
+        effective += unit
+    return micro, effective, why, source
+
+
+def _wanted_batch(
+    objective: Objective, proposal: Proposal, situation: Situation, knowledge: Knowledge
+) -> tuple[int, str, str]:
+    rules = rule(knowledge, "settings", "batch")
+    names = {"kto": "kto", "cpt": "pretraining", "reward": "reward"}
+    if objective in names:
+        return int(rules[names[objective]]), "usual for this objective", rules["source"]
+    if objective in PREFERENCE:
+        return int(rules["preference"]), "pairs are noisy, so more of them a step", rules["source"]
+    if objective in REINFORCEMENT:
+        return int(rules["reinforcement"]), "completions of several prompts a step", rules["source"]
+    rows = rows_of(datasets_of(objective, situation))
+    small = rule(knowledge, "data", "rows")["modest_below"]
+    if rows < small:
+        return int(rules["small_data"]), f"{rows:,} rows: small batches make enough steps", rules["source"]
+    if proposal.tuner == "full":
+        if rows >= rules["full_large_from_rows"]:
+            return int(rules["full_large"]), "full fine-tuning on much data takes large batches", "tulu3"
+        return int(rules["full"]), "full fine-tuning takes larger batches than LoRA", "tulu3"
+    return int(rules["adapter"]), "LoRA learns best with batches below 32", rules["source"]
+
+
+def stage_time(
+    stage: StageFit, proposal: Proposal, situation: Situation, knowledge: Knowledge, *,
+    epochs: float, effective_batch: int, max_steps: int | None = None,
+) -> TimeEstimate:  # fmt: skip
+    """Estimate steps and seconds of one stage; online reinforcement counts its generated tokens."""
+    rows = stage_rows(stage.objective, situation, knowledge, stage.settings.seq_len)
+    mean = stage.lengths.mean
+    if stage.objective in REINFORCEMENT:
+        rows *= max(stage.settings.generations, 1)
+        mean += stage.completion_tokens
+    known = [d.lengths for d in datasets_of(stage.objective, situation) if d.lengths]
+    return estimate_time(
+        proposal.spec, stage.settings, rows=rows, epochs=epochs, effective_batch=effective_batch,
+        max_steps=max_steps, mean_tokens=stage.settings.seq_len if stage.objective == "cpt" else mean,
+        lengths=known[0] if len(known) == 1 and stage.objective == "sft" else None,
+        accelerator=situation.machine.facts, hardware=situation.scenario.hardware,
+        rules=knowledge.rules["time"],
+    )  # fmt: skip
+
+
+def hours_of(fit: Fit, proposal: Proposal, situation: Situation, knowledge: Knowledge) -> float:
+    """Expected hours of all stages with the settings that the planner would choose."""
+    total = 0.0
+    for stage in fit.stages:
+        epochs, _ = epochs_for(stage.objective, proposal, situation, knowledge)
+        _, effective, _, _ = batch_for(stage.objective, proposal, stage, situation, knowledge)
+        time = stage_time(stage, proposal, situation, knowledge, epochs=epochs, effective_batch=effective)
+        total += time.seconds.expected
+    return total / 3600

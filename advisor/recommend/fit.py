@@ -1,0 +1,353 @@
+"""With which batch, length and sharding does a proposal fit this machine, if at all?
+
+Goes in: a Proposal and a Situation. Comes out: Fit (a MemorySettings and estimate for each stage) or NoFit with the
+bytes that would be needed. Decides on the upper end of the estimate at the longest batch. Never does: weigh methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import msgspec
+
+from advisor.estimate.memory import estimate_memory
+from advisor.knowledge import Knowledge
+from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
+from advisor.recommend.gates import Proposal, task_bytes
+from advisor.recommend.lengths import Lengths, lengths_of, round_up
+from advisor.recommend.situation import DEMONSTRATIONS, TEXT, Situation, rows_of, rule
+from advisor.types import (
+    DatasetProfile,
+    MemoryEstimate,
+    MemorySettings,
+    ModelSpec,
+    Objective,
+    Parallel,
+    Record,
+)
+from advisor.units import format_bytes
+
+RANKS = (128, 64, 32, 16, 8, 4, 2, 1)
+Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
+
+
+class Layout(Record, frozen=True, kw_only=True):
+    """How the work is spread over the devices."""
+
+    parallel: Parallel = "none"
+    shard: Literal["none", "fsdp"] = "none"
+    gpus: int = 1
+    offload: bool = False
+
+
+class StageFit(Record, frozen=True, kw_only=True):
+    """Settings of one stage that fit, and their estimate."""
+
+    objective: Objective
+    settings: MemorySettings
+    estimate: MemoryEstimate
+    lengths: Lengths
+    rank: int
+    completion_tokens: int = 0
+    shortened: bool = False
+    """True when the sequence had to be shorter than the data asks for."""
+    least_batch: bool = False
+    """True when nothing but the smallest micro-batch fits."""
+
+
+class Fit(Record, frozen=True, kw_only=True):
+    """A proposal that fits."""
+
+    stages: tuple[StageFit, ...]
+    layout: Layout
+    tight: bool
+
+    @property
+    def peak_high(self) -> float:
+        """Upper end of the largest stage, in bytes on the fullest device."""
+        return max(stage.estimate.peak_bytes.high for stage in self.stages)
+
+
+class NoFit(Record, frozen=True, kw_only=True):
+    """A proposal that does not fit, at its most frugal."""
+
+    needed_bytes: float
+    free_bytes: int
+    reason: str
+
+
+class _Try(Record, frozen=True, kw_only=True):
+    micro_batch: int
+    seq_len: int
+    checkpointing: bool = True
+    weight_bits: Literal[4, 8, 16, 32] = 16
+    optimizer: Optimizer = "adamw_torch"
+    rank: int = 16
+    completion: int = 0
+
+
+def fit(
+    proposal: Proposal, situation: Situation, knowledge: Knowledge, *, offload: bool = False
+) -> Fit | NoFit:
+    """Find the largest batch and length, without or (`offload`) with host memory, that fits every stage."""
+    worst: NoFit | None = None
+    for layout in _layouts(proposal, situation, knowledge, offload=offload):
+        stages: list[StageFit] = []
+        for objective in proposal.chain:
+            found = _fit_stage(proposal, objective, layout, situation, knowledge)
+            if isinstance(found, NoFit):
+                worst = found
+                break
+            stages.append(found)
+        else:
+            high = max(stage.estimate.peak_bytes.high for stage in stages)
+            share = rule(knowledge, "choice", "fit")["tight_share"]
+            tight = high > share * situation.machine.free_bytes or any(
+                stage.least_batch or stage.shortened for stage in stages
+            )
+            return Fit(stages=tuple(stages), layout=layout, tight=tight)
+    free = situation.machine.free_bytes
+    return worst or NoFit(needed_bytes=0, free_bytes=free, reason="there is no host memory to move to")
+
+
+def datasets_of(objective: Objective, situation: Situation) -> tuple[DatasetProfile, ...]:
+    """The datasets that a stage trains on."""
+    if objective == "cpt":
+        return tuple(d for d in situation.train if d.kind in TEXT)
+    if objective == "sft":
+        return situation.demos or (situation.pairs if situation.pairs else situation.answered)
+    if objective == "kto":
+        return situation.unpaired or situation.pairs
+    if objective in REINFORCEMENT:
+        return situation.answered or situation.prompts or situation.pairs
+    return situation.pairs
+
+
+def _layouts(
+    proposal: Proposal, situation: Situation, knowledge: Knowledge, *, offload: bool
+) -> Iterator[Layout]:
+    gpus = situation.machine.gpus
+    if gpus == 1:
+        if not offload:
+            yield Layout()
+        return
+    if not offload:
+        yield Layout(parallel="ddp", gpus=gpus)
+        yield Layout(parallel="fsdp", shard="fsdp", gpus=gpus)
+        return
+    rules = rule(knowledge, "choice", "fit")
+    bits = 4.2 if proposal.facts.quantised_base else 16.0
+    per_parameter = rules["offload_bytes_full"] if proposal.tuner == "full" else bits / 8
+    if proposal.spec.parameters * per_parameter <= situation.machine.ram_bytes * rules["host_share"]:
+        yield Layout(parallel="fsdp", shard="fsdp", gpus=gpus, offload=True)
+
+
+# --- one stage -----------------------------------------------------------------------------------
+
+
+def _fit_stage(
+    proposal: Proposal, objective: Objective, layout: Layout, situation: Situation, knowledge: Knowledge
+) -> StageFit | NoFit:
+    lengths = lengths_of(datasets_of(objective, situation), rule(knowledge, "data", "lengths"))
+    free = situation.machine.free_bytes
+    tries = list(_tries(proposal, objective, lengths, situation, knowledge))
+    frugal = tries[-1]
+    least = _estimate(proposal, objective, frugal, layout, situation, knowledge)
+    if least[1].peak_bytes.high > free:
+        needed = least[1].peak_bytes.high
+        reason = (
+            f"{objective} needs up to {format_bytes(needed)} with micro-batch {frugal.micro_batch} at "
+            f"{least[0].seq_len:,} tokens, and {format_bytes(free)} are free"
+        )
+        return NoFit(needed_bytes=needed, free_bytes=free, reason=reason)
+    comfortable = rule(knowledge, "choice", "fit")["tight_share"] * free
+    for attempt in tries:
+        settings, estimate = _estimate(proposal, objective, attempt, layout, situation, knowledge)
+        limit = free if attempt.checkpointing or not proposal.facts.gradient_checkpointing else comfortable
+        if estimate.peak_bytes.high <= limit:
+            first = tries[0]
+            return StageFit(
+                objective=objective, settings=settings, estimate=estimate, lengths=lengths,
+                rank=attempt.rank, completion_tokens=attempt.completion,
+                shortened=attempt.seq_len < first.seq_len or attempt.completion < first.completion,
+                least_batch=attempt.micro_batch == frugal.micro_batch < first.micro_batch,
+            )  # fmt: skip
+    return NoFit(
+        needed_bytes=least[1].peak_bytes.high, free_bytes=free, reason="no setting fits"
+    )  # pragma: no cover - the last attempt is the frugal one, which fitted
+
+
+def _tries(
+    proposal: Proposal, objective: Objective, lengths: Lengths, situation: Situation, knowledge: Knowledge
+) -> Iterator[_Try]:
+    """Settings from the wished to the most frugal, what costs least given up first."""
+    limits = rule(knowledge, "data", "lengths")
+    completion = _completion(objective, knowledge)
+    most = max(proposal.spec.context_tokens - completion, limits["smallest"])
+    target, least = min(lengths.target, most), min(lengths.least, most)
+    rank = rank_for(proposal, objective, situation, knowledge)
+    variants = _variants(proposal, situation)
+    batches = _batches(proposal.spec, objective, target + completion, situation, knowledge)
+    bits, optimizer = variants[0]
+    first = _Try(
+        micro_batch=batches[0], seq_len=target, weight_bits=bits, optimizer=optimizer, rank=rank,
+        completion=completion,
+    )  # fmt: skip
+    small = proposal.spec.parameters < rule(knowledge, "choice", "batch")["small_model_below"]
+    frees = proposal.facts.gradient_checkpointing
+    if not frees or small or situation.machine.device == "cpu":
+        yield msgspec.structs.replace(first, checkpointing=False)
+    if not frees:
+        for batch in batches[1:]:
+            yield msgspec.structs.replace(first, checkpointing=False, micro_batch=batch)
+        yield msgspec.structs.replace(first, checkpointing=False, micro_batch=batches[-1], seq_len=least)
+        return
+    last = first
+    for bits, optimizer in variants:
+        for batch in batches:
+            last = msgspec.structs.replace(first, micro_batch=batch, weight_bits=bits, optimizer=optimizer)
+            yield last
+    for seq_len in dict.fromkeys((round_up((target + least) / 2, limits), least)):
+        if seq_len < target:
+            last = msgspec.structs.replace(last, seq_len=seq_len)
+            yield last
+    for shorter in _shorter_completions(completion):
+        last = msgspec.structs.replace(last, completion=shorter)
+        yield last
+    frugal_rank = rule(knowledge, "settings", "rank")["tight_memory"]
+    if proposal.facts.group == "lora" and rank > frugal_rank:
+        yield msgspec.structs.replace(last, rank=frugal_rank)
+
+
+def _completion(objective: Objective, knowledge: Knowledge) -> int:
+    if objective not in REINFORCEMENT:
+        return 0
+    value = knowledge.objectives[objective].settings.get("max_completion_length", 0)
+    return int(value) if isinstance(value, int | float) else 0
+
+
+def _shorter_completions(completion: int) -> tuple[int, ...]:
+    return tuple(n for n in (512, 256) if n < completion)
+
+
+def _variants(proposal: Proposal, situation: Situation) -> list[tuple[Literal[4, 16, 32], Optimizer]]:
+    """(bits of the stored weights, optimizer), the most exact first."""
+    if proposal.facts.quantised_base:
+        return [(4, "adamw_torch")]
+    if proposal.tuner == "full":
+        plain: list[tuple[Literal[4, 16, 32], Optimizer]] = [(32, "adamw_torch")]
+        if situation.machine.precision == "bf16":
+            plain.append((16, "adamw_torch"))
+            if situation.machine.bitsandbytes:
+                plain.append((16, "adamw_8bit"))
+        return plain
+    return [(32 if situation.machine.precision == "fp32" else 16, "adamw_torch")]
+
+
+def packs(objective: Objective, situation: Situation, knowledge: Knowledge) -> bool:
+    """True when short rows are joined into full sequences: always for plain text; on a CPU when there are many."""
+    if objective == "cpt":
+        return True
+    if objective != "sft" or situation.machine.device != "cpu":
+        return False
+    lengths = lengths_of(datasets_of(objective, situation), rule(knowledge, "data", "lengths"))
+    rows = rows_of(datasets_of(objective, situation))
+    full = rows * lengths.mean / lengths.target
+    return bool(full >= rule(knowledge, "platform", "cpu")["packing_rows_from"])
+
+
+def _batches(
+    spec: ModelSpec, objective: Objective, seq_len: int, situation: Situation, knowledge: Knowledge
+) -> list[int]:
+    """Micro-batches to try, from the one that keeps the device busy to the smallest."""
+    rules = rule(knowledge, "choice", "batch")
+    if packs(objective, situation, knowledge):
+        return [1]
+    small = spec.parameters < rules["small_model_below"]
+    tokens = rules["tokens_small_model"] if small else rules["tokens"]
+    floor = 2 if objective == "kto" else 1
+    wanted = max(floor, min(int(rules["largest"]), int(tokens // max(seq_len, 1))))
+    if objective == "kto":
+        wanted = max(wanted, 4)
+    batches, batch = [], 1
+    while batch <= wanted:
+        batches.append(batch)
+        batch *= 2
+    return [b for b in reversed(batches) if b >= floor]
+
+
+def _estimate(
+    proposal: Proposal, objective: Objective, attempt: _Try, layout: Layout, situation: Situation,
+    knowledge: Knowledge,
+) -> tuple[MemorySettings, MemoryEstimate]:  # fmt: skip
+    settings = memory_settings(proposal, objective, attempt, layout, situation, knowledge)
+    return settings, estimate_memory(proposal.spec, settings, knowledge.rules["memory"])
+
+
+def memory_settings(
+    proposal: Proposal, objective: Objective, attempt: _Try, layout: Layout, situation: Situation,
+    knowledge: Knowledge,
+) -> MemorySettings:  # fmt: skip
+    """The estimator's input for one attempt."""
+    facts = proposal.facts.settings
+    precision = situation.machine.precision
+    if precision == "fp16" and not proposal.spec.fp16_safe:
+        precision = "fp32"
+    generations = knowledge.objectives[objective].settings.get("num_generations", 0)
+    bits = attempt.weight_bits
+    return MemorySettings(
+        tuner=proposal.tuner, objective=objective, precision=precision,
+        weight_bits=32 if precision == "fp32" and bits == 16 else bits,
+        micro_batch=attempt.micro_batch, seq_len=attempt.seq_len + attempt.completion,
+        gradient_checkpointing=attempt.checkpointing, optimizer=attempt.optimizer,
+        lora_r=attempt.rank, target="all-linear", attention="sdpa", loss="chunked",
+        virtual_tokens=_int(facts.get("virtual_tokens")), bottleneck=_int(facts.get("bottleneck")),
+        generations=_int(generations), gpus=layout.gpus, shard=layout.shard, offload=layout.offload,
+        device=situation.machine.device,
+        packed=proposal.facts.packing and packs(objective, situation, knowledge),
+    )  # fmt: skip
+
+
+def _int(value: Any) -> int:
+    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0
+
+
+# --- rank ----------------------------------------------------------------------------------------
+
+
+def rank_for(proposal: Proposal, objective: Objective, situation: Situation, knowledge: Knowledge) -> int:
+    """The LoRA rank that the amount of data asks for and the storage of a task allows."""
+    if proposal.facts.group != "lora" and "lora_r" not in proposal.facts.settings:
+        return 0
+    rank = _wanted_rank(objective, situation, knowledge)
+    limit = situation.scenario.goal.storage_per_task_kb
+    if limit is None:
+        return rank
+    for smaller in RANKS:
+        size = task_bytes(proposal.spec, proposal.tuner, proposal.facts, smaller)
+        if smaller <= rank and size <= limit * 1000:
+            return smaller
+    return 1
+
+
+def _wanted_rank(objective: Objective, situation: Situation, knowledge: Knowledge) -> int:
+    rules, capacity = rule(knowledge, "settings", "rank"), rule(knowledge, "data", "capacity")
+    if objective == "cpt":
+        return int(rules["pretraining"])
+    if objective in PREFERENCE or objective == "reward":
+        return int(rules["preference"])
+    if objective in REINFORCEMENT:
+        return int(rules["reinforcement"])
+    if situation.tenants > 1:
+        return int(rules["tenants"])
+    rows = rows_of(d for d in situation.train if d.kind in DEMONSTRATIONS)
+    if rows >= capacity["lora_rows"]:
+        return int(rules["capacity"])
+    if rows >= rules["large_from_rows"]:
+        return int(rules["large"])
+    if situation.tasks > 1:
+        return int(rules["multi_task"])
+    if rows < rule(knowledge, "data", "rows")["small_below"]:
+        return int(rules["small_data"])
+    return int(rules["default"])

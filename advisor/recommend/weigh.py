@@ -1,0 +1,161 @@
+"""How good is a combination of model and tuner for this case, and why?
+
+Goes in: a Proposal that no rule forbids. Comes out: a score (1 is the best tuner on an ordinary model) and the reasons
+for it in words. Memory does not enter: more memory can only open better candidates, never turn the order round.
+Never does: rule anything out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from advisor.knowledge import Knowledge
+from advisor.recommend.chains import PREFERENCE
+from advisor.recommend.gates import Proposal
+from advisor.recommend.situation import Situation, megabytes_of, rows_of, rule
+from advisor.types import ModelFacts, ModelSpec
+from advisor.units import format_count
+
+EPOCH_YEAR = 2024
+
+
+class Scale:
+    """Adds up a score and keeps the reason of each step."""
+
+    def __init__(self) -> None:
+        self.score = 0.0
+        self.reasons: list[str] = []
+
+    def add(self, points: float, reason: str = "") -> None:
+        """Add points, and the reason where it is worth telling."""
+        self.score += points
+        if reason:
+            self.reasons.append(reason)
+
+
+def weigh_tuner(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> tuple[float, list[str]]:
+    """Score a tuner for the data and wishes of this case."""
+    rules, scale = rule(knowledge, "choice", "tuner"), Scale()
+    facts, rows = proposal.facts, rows_of(situation.train)
+    scale.add(facts.quality, f"keeps {facts.quality:.0%} of the best method's gain in the comparison")
+    small_model = proposal.spec.parameters < rules["small_model_below"]
+    if proposal.tuner == "full":
+        _weigh_full(scale, rules, rows, situation, knowledge, small_model=small_model)
+    scale.add(-rules["forgetting_weight"] * facts.forgetting)
+    if situation.wish("must_not_forget") or situation.earlier:
+        scale.add(-(rules["must_not_forget_weight"] - rules["forgetting_weight"]) * facts.forgetting)
+        if proposal.tuner == "full":
+            scale.add(-rules["must_not_forget_full"], "changes every weight, and nothing may be forgotten")
+        else:
+            scale.add(0.0, "the base stays untouched, so little is forgotten")
+    if situation.wish("adapter") and facts.group == "lora":
+        scale.add(rules["adapter_wish"], "gives a small adapter file, as wished")
+    if proposal.tuner == "classifier_head":
+        classes = max([d.classes or 0 for d in situation.demos], default=0)
+        if classes >= rules["class_head_from"] or situation.wish("low_latency") or situation.wish("small"):
+            scale.add(rules["class_head"], f"{classes} classes: one forward pass and never an invented label")
+    return scale.score, scale.reasons
+
+
+def _weigh_full(
+    scale: Scale, rules: Mapping[str, Any], rows: int, situation: Situation, knowledge: Knowledge, *,
+    small_model: bool,
+) -> None:  # fmt: skip
+    scale.add(-rules["full_cost"], "costs a whole model on disk and about half as much time again as LoRA")
+    if small_model:
+        scale.add(rules["small_model_full"], "on a model this small an adapter would save nothing")
+    elif rows and rows < rule(knowledge, "data", "rows")["modest_below"]:
+        scale.add(-rules["full_small_data"], f"{rows} rows are few for so many free weights")
+    excess = data_excess(situation, knowledge)
+    if excess > -1:
+        reason = "the data may exceed what an adapter holds" if excess >= 0 else ""
+        scale.add(rules["capacity"] * (1 + excess), reason)
+    if situation.wish("best") and excess > -1:
+        scale.add(rules["best_full"], "the best quality was asked for, and there is data enough")
+
+
+def data_excess(situation: Situation, knowledge: Knowledge) -> float:
+    """Decimal logarithm of the data over what LoRA is known to hold; 0 is the edge, -9 without data."""
+    capacity, volume = rule(knowledge, "data", "capacity"), rule(knowledge, "data", "text_volume")
+    rows = rows_of(situation.demos)
+    tokens = megabytes_of(situation.texts) * 1e6 / volume["bytes_per_token"]
+    share = max(rows / capacity["lora_rows"], tokens / capacity["lora_tokens"])
+    return math.log10(share) if share > 0 else -9.0
+
+
+def weigh_model(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> tuple[float, list[str]]:
+    """Score a model where it may be chosen freely."""
+    scale = Scale()
+    size, model = rule(knowledge, "choice", "size"), rule(knowledge, "choice", "model")
+    ceiling = _ceiling(situation, size)
+    billions = max(spec.parameters, 1) / 1e9
+    points = size["per_doubling"] * math.log2(min(billions, ceiling / 1e9))
+    if spec.parameters > ceiling:
+        points += size["beyond_per_doubling"] * math.log2(spec.parameters / ceiling)
+    scale.add(points, f"{format_count(spec.parameters)} parameters")
+    _weigh_facts(scale, spec, situation, knowledge.models.get(spec.id), model)
+    return scale.score, scale.reasons
+
+
+def _ceiling(situation: Situation, size: Mapping[str, Any]) -> float:
+    if situation.wish("small") or situation.wish("cheap"):
+        return float(size["ceiling_small"])
+    if situation.wish("low_latency"):
+        return float(size["ceiling_latency"])
+    if situation.wish("best"):
+        return float(size["ceiling_best"])
+    return float(size["ceiling_quality"] if situation.wish("quality") else size["ceiling"])
+
+
+def _weigh_facts(
+    scale: Scale, spec: ModelSpec, situation: Situation, facts: ModelFacts | None, rules: Mapping[str, Any]
+) -> None:
+    if facts is None:
+        return
+    if facts.released:
+        year, _, month = facts.released.partition("-")
+        age = int(year) + (int(month or 1) - 1) / 12 - EPOCH_YEAR
+        scale.add(rules["newer_per_year"] * age, f"released {facts.released}")
+    strong = [word for word in facts.strengths if word in situation.goal.tasks or word == situation.task_kind]
+    if strong:
+        scale.add(rules["strength"], f"good at {', '.join(sorted(strong))}")
+    known = {code.lower() for code in spec.languages}
+    missing = [code for code in situation.languages if code not in known]
+    if missing and situation.languages:
+        weight = 0.5 if "multilingual" in facts.strengths else 1.0
+        share = len(missing) / len(situation.languages)
+        scale.add(-rules["language_missing"] * weight * share, f"not known for {', '.join(missing)}")
+    elif len(situation.languages) > 1:
+        scale.add(0.0, f"knows {', '.join(situation.languages)}")
+    scale.add(rules["gated"] if facts.gated else 0.0)
+    scale.add(0.0 if facts.verified else rules["unverified"])
+    if facts.licence_note and facts.commercial:
+        scale.add(rules["conditional_licence"])
+
+
+def weigh_substitute(
+    spec: ModelSpec, asked: ModelSpec, situation: Situation, knowledge: Knowledge
+) -> tuple[float, list[str]]:
+    """Score a model that stands in for the one asked for: near in size, and of the same maker where possible."""
+    rules, scale = rule(knowledge, "choice", "model"), Scale()
+    distance = abs(math.log2(max(spec.parameters, 1) / max(asked.parameters, 1)))
+    scale.add(
+        -rules["nearness_per_doubling"] * distance,
+        f"{format_count(spec.parameters)} parameters beside {format_count(asked.parameters)}",
+    )
+    if maker(spec.id) == maker(asked.id):
+        scale.add(rules["same_maker"], "of the same maker as the one asked for")
+    _weigh_facts(scale, spec, situation, knowledge.models.get(spec.id), rules)
+    return scale.score, scale.reasons
+
+
+def maker(model_id: str) -> str:
+    """The organisation of a hub id."""
+    return model_id.split("/", 1)[0].lower() if "/" in model_id else ""
+
+
+def prefers_base(situation: Situation, chain: tuple[str, ...]) -> bool:
+    """True when a base model is the better start: reading on, without a preference stage on top."""
+    return chain[:1] == ("cpt",) and not set(chain) & PREFERENCE
