@@ -1,0 +1,74 @@
+"""What came of a run: folds its events, over all interruptions, into one RunReport.
+
+Goes in: events, recipe, the stage of the plan. Comes out: RunReport. Never does: I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from advisor.errors import AdvisorError
+from advisor.types import Recipe, RunReport, StageEstimate
+
+Status = Literal["done", "failed", "interrupted", "refused"]
+
+
+def build_report(
+    events: Iterable[dict[str, Any]],
+    recipe: Recipe,
+    *,
+    recipe_sha256: str,
+    status: Status,
+    estimate: StageEstimate | None,
+    artefacts: dict[str, str],
+    packages: dict[str, str],
+    error: AdvisorError | None,
+) -> RunReport:
+    """Return the report of a run.
+
+    Args:
+        events: all events of the stage, oldest first; steps that were trained twice because a run was resumed
+            from an earlier checkpoint count once.
+        recipe: what was run.
+        recipe_sha256: of the recipe file.
+        status: how it ended.
+        estimate: what the plan predicted.
+        artefacts: name -> path relative to the run folder.
+        packages: installed versions.
+        error: why it failed.
+    """
+    seen = list(events)
+    steps = [event for event in seen if event["event"] == "step"]
+    last: dict[str, Any] = steps[-1] if steps else {}
+    losses = {int(event["step"]): event.get("loss") for event in steps}
+    heldout = {event.get("when"): event.get("loss") for event in seen if event["event"] == "heldout"}
+    peaks = [int(event["memory_bytes"]) for event in seen if event.get("memory_bytes")]
+    return RunReport(
+        ok=status == "done",
+        status=status,
+        recipe_sha256=recipe_sha256,
+        program=recipe.program,
+        method=recipe.tuner,
+        steps=int(last.get("step", 0)),
+        steps_planned=int(last.get("total", 0)),
+        seconds=sum(float(event["seconds"]) for event in seen if event["event"] == "end"),
+        predicted_peak_bytes=estimate.peak_bytes if estimate else None,
+        measured_peak_bytes=max(peaks, default=None),
+        tokens_per_second=last.get("tokens_per_second"),
+        first_loss=losses.get(1),
+        last_loss=last.get("loss"),
+        heldout_loss_before=heldout.get("before"),
+        heldout_loss_after=heldout.get("after"),
+        supervised_tokens=_latest(seen, "data", "supervised_tokens"),
+        trainable_parameters=_latest(seen, "model", "trainable_parameters"),
+        artefacts=artefacts,
+        decisions=tuple(str(event["message"]) for event in seen if event["event"] == "decision"),
+        packages=packages,
+        error=error.message if error else None,
+        remedy=error.remedy if error else None,
+    )
+
+
+def _latest(events: list[dict[str, Any]], name: str, field: str) -> int | None:
+    return next((int(event[field]) for event in reversed(events) if event["event"] == name), None)

@@ -1,0 +1,1 @@
+"""The torch side that the training programs share: data, model, tuners, callbacks, checkpoints."""

@@ -1,0 +1,131 @@
+"""Where are the answers in a rendered conversation, and do they end as the model must learn to end them?
+
+Goes in: a chat template and messages. Comes out: the text and the character span of each answer, its end-of-turn
+token included and nothing after it. Never does: change the template; guess a span that it cannot verify.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from advisor.errors import ModelError
+from advisor.rows import Message
+from advisor.templates import TemplateRefusalError, end_of_turn, has_generation_markers, render, render_with_spans
+from advisor.types import Record
+
+Tools = list[dict[str, Any]] | None
+
+
+class Template(Record, frozen=True, kw_only=True):
+    """A chat template with what is to be known to train with it."""
+
+    source: str
+    end: str
+    """The token that ends an answer."""
+    marked: bool
+    """Whether the template itself says where answers are."""
+    bos: str = ""
+    eos: str = ""
+
+
+class Rendered(Record, frozen=True, kw_only=True):
+    """A conversation as the model sees it."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    """Character span [start, end) of each answer that was found."""
+    prompt: str
+    """What the model is given before it writes the last answer."""
+
+
+def read_template(tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
+    """Examine the tokenizer's chat template.
+
+    Raises:
+        ModelError: there is none, or answers do not end with one token, so that the model could not learn to stop.
+    """
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not source:
+        raise ModelError(
+            f"{name} has no chat template, so it is not known how it marks questions and answers.",
+            "Choose an instruction-tuned model (its name often ends in -Instruct or -it).",
+            code="chat_template",
+        )
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    end = end_of_turn(source, bos_token=bos, eos_token=eos)
+    ids = [] if end is None else tokenizer.encode(end, add_special_tokens=False)
+    if end is None or len(ids) != 1:
+        what = "writes nothing after an answer" if end is None else f"ends an answer with {end!r}, which is {len(ids)} tokens"
+        raise ModelError(
+            f"The chat template of {name} {what}; a model trained so would not learn to stop.",
+            "Take chat_template.jinja from an instruction-tuned model of the same family.",
+            code="chat_template",
+        )
+    return Template(source=source, end=end, marked=has_generation_markers(source), bos=bos, eos=eos)
+
+
+def render_answers(template: Template, messages: list[Message], tools: Tools) -> Rendered:
+    """Render a conversation and find its answers.
+
+    Without markers an answer is what the template adds to the prompt before it; that holds only where the prompt is
+    a true beginning of the whole text, otherwise the answer is left out.
+
+    Raises:
+        TemplateRefusalError: the template refuses the conversation.
+    """
+    if template.marked:
+        text, found = render_with_spans(
+            template.source, messages, tools=tools, bos_token=template.bos, eos_token=template.eos
+        )
+    else:
+        text = _render(template, messages, tools)
+        found = _by_prefix(template, messages, tools, text)
+    spans = tuple(span for one in found if (span := _with_end(template, text, one)) is not None)
+    return Rendered(text=text, spans=spans, prompt=_prompt(template, messages, tools))
+
+
+def _by_prefix(template: Template, messages: list[Message], tools: Tools, text: str) -> list[tuple[int, int]]:
+    found = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        try:
+            before = _render(template, messages[:number], tools, prompt=True)
+            until = _render(template, messages[: number + 1], tools)
+        except TemplateRefusalError:
+            continue
+        if text.startswith(before) and text.startswith(until.rstrip()) and len(until) > len(before):
+            found.append((len(before), len(until)))
+    return found
+
+
+def _with_end(template: Template, text: str, span: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the span up to and with its end token; None when the token is neither in it nor right behind it."""
+    start, stop = span
+    inside = text.rfind(template.end, start, stop)
+    if inside >= 0:
+        return start, inside + len(template.end)
+    behind = text[stop:].lstrip()
+    if behind.startswith(template.end):
+        return start, len(text) - len(behind) + len(template.end)
+    return None
+
+
+def _prompt(template: Template, messages: list[Message], tools: Tools) -> str:
+    last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    return _render(template, messages[:last], tools, prompt=True)
+
+
+def _render(template: Template, messages: list[Message], tools: Tools, *, prompt: bool = False) -> str:
+    return render(
+        template.source,
+        messages,
+        tools=tools,
+        add_generation_prompt=prompt,
+        bos_token=template.bos,
+        eos_token=template.eos,
+    )

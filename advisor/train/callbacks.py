@@ -1,0 +1,123 @@
+"""Tells what a running trainer does, finishes its checkpoints, and stops it when it is asked to.
+
+Goes in: the trainer's own calls. Comes out: events `step`, `checkpoint`, `heldout`; checkpoints with their marker.
+Never does: change the order of the data or any random state; let a checkpoint with a broken loss be written.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from advisor.errors import TrainingError
+from advisor.run.events import EventWriter
+from advisor.train import checkpoints
+from advisor.train.process import StopRequest, peak_memory
+
+
+class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Writes an event for each step and checkpoint."""
+
+    def __init__(
+        self,
+        events: EventWriter,
+        stop: StopRequest,
+        *,
+        recipe_sha256: str,
+        keep_checkpoints: int,
+        heldout_loss: Callable[[], float | None],
+    ) -> None:
+        self._events = events
+        self._stop = stop
+        self._recipe_sha256 = recipe_sha256
+        self._keep = keep_checkpoints
+        self._heldout_loss = heldout_loss
+        self._begin = self._begin_tokens = self._begin_step = 0.0
+        self._saving_since = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock of this process; a resumed run begins at a later step."""
+        self._begin, self._begin_tokens = time.monotonic(), state.num_input_tokens_seen
+        self._begin_step = state.global_step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and end after this step when a stop was asked for."""
+        if self._stop.asked:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Write the step event; the trainer logs before it saves, so a broken loss never reaches a checkpoint.
+
+        Raises:
+            TrainingError: the loss is not a finite number.
+        """
+        if "loss" not in logs:
+            return
+        finite = math.isfinite(logs["loss"])
+        self._events.write(
+            "step",
+            step=state.global_step,
+            total=state.max_steps,
+            loss=logs["loss"] if finite else None,
+            learning_rate=logs.get("learning_rate"),
+            grad_norm=logs.get("grad_norm"),
+            tokens=state.num_input_tokens_seen,
+            **self._pace(state),
+            **peak_memory(),
+        )
+        if not finite:
+            raise TrainingError(
+                f"The loss at step {state.global_step} is not a finite number.",
+                "Plan again with a lower rate (--set learning_rate=...) or with --set precision=fp32.",
+                code="loss_not_finite",
+            )
+        self._saving_since = time.monotonic()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the checkpoint complete, drop old ones, and measure the held-out loss."""
+        root = Path(args.output_dir)
+        folder = root / f"checkpoint-{state.global_step}"
+        size = checkpoints.finish(folder, step=state.global_step, recipe_sha256=self._recipe_sha256)
+        checkpoints.rotate(root, keep=self._keep)
+        self._events.write(
+            "checkpoint",
+            step=state.global_step,
+            path=str(folder),
+            bytes=size,
+            seconds=round(time.monotonic() - self._saving_since, 3),
+        )
+        if not self._stop.asked and state.global_step < state.max_steps:
+            loss = self._heldout_loss()
+            if loss is not None:
+                self._events.write(
+                    "heldout", when=f"at step {state.global_step}", step=state.global_step, loss=loss
+                )
+
+    def _pace(self, state: TrainerState) -> dict[str, float | None]:
+        elapsed = time.monotonic() - self._begin
+        done = state.global_step - self._begin_step
+        if elapsed <= 0 or done <= 0:
+            return {"tokens_per_second": None, "seconds_remaining": None}
+        return {
+            "tokens_per_second": round((state.num_input_tokens_seen - self._begin_tokens) / elapsed, 1),
+            "seconds_remaining": round(elapsed / done * (state.max_steps - state.global_step), 1),
+        }

@@ -1,0 +1,165 @@
+"""Loads the base model and its tokenizer as the recipe says, and makes them agree on the end of a turn.
+
+Goes in: a recipe's model and settings. Comes out: a tokenizer and a model with explicit number formats. Never does:
+use the network (the supervisor fetched the files), run code that came with a model, add rows to an embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from advisor.errors import ModelError
+from advisor.resources import starter_dir
+from advisor.train.settings import SftSettings
+from advisor.types import RecipeModel, Record
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ATTENTION = {"sdpa": "sdpa", "flash": "flash_attention_2", "eager": "eager"}
+
+
+class Ending(Record, frozen=True, kw_only=True):
+    """The tokens that end and fill a row."""
+
+    end: str
+    end_id: int
+    pad: str
+    pad_id: int
+    changed: tuple[str, ...]
+    """What had to be set because the files said otherwise, in plain words."""
+
+
+def model_place(model: RecipeModel) -> str:
+    """Return the folder or hub id to load from; `starter` is the embedded model."""
+    if "starter" in (model.path, model.id):
+        return str(starter_dir())
+    return model.path or model.id
+
+
+def load_tokenizer(model: RecipeModel) -> PreTrainedTokenizerBase:
+    """Load the tokenizer.
+
+    Raises:
+        ModelError: its files are missing or unusable.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model_place(model), revision=model.revision)
+    except (OSError, ValueError) as problem:
+        raise ModelError(
+            f"The tokenizer of {model.id} cannot be loaded: {first_line(problem)}",
+            "Check the model folder, or plan again with another --model.",
+        ) from problem
+
+
+def load_model(model: RecipeModel, settings: SftSettings) -> PreTrainedModel:
+    """Load the base with the weights as `weight_bits` says: 4 as NF4, 16 in the 16-bit format of `precision`, 32 as fp32.
+
+    Raises:
+        ModelError: its files are missing or unusable, or the architecture is unknown.
+    """
+    place, cuda = model_place(model), torch.cuda.is_available()
+    quantisation = _nf4(settings) if settings.weight_bits == 4 else None
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            place,
+            revision=model.revision,
+            dtype=base_dtype(settings),
+            attn_implementation=ATTENTION[settings.attention],
+            quantization_config=quantisation,
+            device_map={"": 0} if quantisation is not None and cuda else None,
+        )
+    except (OSError, ValueError, KeyError) as problem:
+        raise ModelError(
+            f"The model {model.id} cannot be loaded: {first_line(problem)}",
+            "Check the model folder, or plan again with another --model.",
+        ) from problem
+    loaded.config.use_cache = False
+    return loaded
+
+
+def base_dtype(settings: SftSettings) -> torch.dtype:
+    """Return the number format in which weights that are not quantised are held."""
+    if settings.weight_bits == 32:
+        return torch.float32
+    return torch.float16 if settings.precision == "fp16" else torch.bfloat16
+
+
+def _nf4(settings: SftSettings) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=settings.double_quant,
+        bnb_4bit_compute_dtype=DTYPES[settings.precision],
+    )
+
+
+def embedding_rows(model: RecipeModel) -> int:
+    """Return how many token ids the model has a row for, without loading it."""
+    config = AutoConfig.from_pretrained(model_place(model), revision=model.revision)
+    return int(config.get_text_config().vocab_size)
+
+
+def settle_ending(tokenizer: PreTrainedTokenizerBase, end: str, *, rows: int) -> Ending:
+    """Make `end` the tokenizer's end token and give it a padding token that is another one.
+
+    A token that the model never uses is preferred for padding; a new one is added only where the embedding has a
+    spare row for it, since new rows would not fit the base any more. Where neither exists, padding stays the end
+    token, which is harmless here: labels and attention are built per row, not from the padding.
+
+    Args:
+        tokenizer: changed in place.
+        end: the template's end-of-turn token.
+        rows: rows of the embedding.
+    """
+    changed = []
+    if tokenizer.eos_token != end:
+        changed.append(f"end token {tokenizer.eos_token!r} -> {end!r}")
+        tokenizer.eos_token = end
+    if tokenizer.pad_token is None or tokenizer.pad_token == end:
+        pad = _spare_token(tokenizer, end)
+        if pad is None and len(tokenizer) < rows:
+            pad = "<|pad|>"
+            tokenizer.add_special_tokens({"pad_token": pad})
+        changed.append(f"padding token {tokenizer.pad_token!r} -> {pad or end!r}")
+        tokenizer.pad_token = pad or end
+    return Ending(
+        end=end,
+        end_id=tokenizer.convert_tokens_to_ids(end),
+        pad=tokenizer.pad_token,
+        pad_id=tokenizer.convert_tokens_to_ids(tokenizer.pad_token),
+        changed=tuple(changed),
+    )
+
+
+def apply_ending(model: PreTrainedModel, ending: Ending) -> None:
+    """Write the end and padding tokens into the model's and the generation configuration."""
+    for config in (model.config.get_text_config(), model.generation_config):
+        config.eos_token_id = ending.end_id
+        config.pad_token_id = ending.pad_id
+
+
+def _spare_token(tokenizer: PreTrainedTokenizerBase, end: str) -> str | None:
+    """Return an existing special token that stands for nothing: named padding, reserved, or the unknown token."""
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content != end]
+    free = [token for token in special if token != tokenizer.bos_token]
+    for word in ("pad", "reserved", "unused", "extra_id"):
+        for token in free:
+            if word in token.lower():
+                return token
+    unknown: Any = tokenizer.unk_token
+    return unknown if unknown in free else None
+
+
+def first_line(problem: BaseException) -> str:
+    """Return the first line of an exception's text."""
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__

@@ -1,0 +1,85 @@
+"""TRL's SFTTrainer with the loss that the recipe names, and the loss of rows that are not trained on.
+
+Goes in: tokenised rows with labels. Comes out: losses. Never does: tokenise, download, write a model card.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.nn import functional
+from trl import SFTTrainer
+
+from advisor.train.model import DTYPES
+from advisor.train.settings import SftSettings
+
+IGNORED = -100
+"""Label of a token that is not trained on; torch's convention."""
+
+
+class AnswerTrainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
+    """SFTTrainer for rows that already have labels."""
+
+    plain_loss = False
+    """True: cross-entropy over logits instead of TRL's tiled head, which scores masked positions too where there is
+    no Triton and computes the logits twice."""
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,  # noqa: FBT001, FBT002 - the signature of transformers
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the sum of the token losses divided by `num_items_in_batch`, or by the trained tokens of the batch.
+
+        Logits are computed only where at least one row of the batch is trained on.
+        """
+        if return_outputs or not self.plain_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        used = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = model(**rest, use_cache=False, logits_to_keep=used).logits
+        wanted = labels[:, used]
+        trained = wanted != IGNORED
+        total = functional.cross_entropy(logits[trained].float(), wanted[trained], reduction="sum")
+        if num_items_in_batch is None:
+            return total / trained.sum().clamp(min=1)
+        # `num_items_in_batch` counts the tokens of all processes, and DDP averages their gradients.
+        return total / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none into the checkpoints folder; the export writes the one that counts."""
+
+
+def mean_token_loss(trainer: AnswerTrainer, rows: Dataset | None, settings: SftSettings) -> float | None:
+    """Return the mean loss over all trained tokens of `rows`; None without rows.
+
+    It is computed without a data loader and in evaluation mode, so that no random state moves: a run that measures
+    in between and one that does not end in the same weights.
+    """
+    if rows is None or len(rows) == 0:
+        return None
+    model = trainer.model
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    autocast = torch.autocast(
+        device.type, dtype=DTYPES[settings.precision], enabled=settings.precision != "fp32"
+    )
+    with torch.no_grad(), autocast:
+        for start in range(0, len(rows), settings.micro_batch):
+            chunk = [dict(row) for row in rows.select(range(start, min(start + settings.micro_batch, len(rows))))]
+            batch = {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value
+                for name, value in trainer.data_collator(chunk).items()
+            }
+            trained = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += float(trainer.compute_loss(model, batch)) * trained
+            tokens += trained
+    model.train(was_training)
+    return total / max(tokens, 1)
