@@ -12,6 +12,7 @@ from advisor.cli.options import Json, Offline, Out
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.errors import VerificationError
 from advisor.export import export_model
+from advisor.run.page import write_page
 from advisor.types import Export, Verification
 from advisor.verify import heldout_rows, verify_gguf
 
@@ -56,6 +57,8 @@ def export(
     )
     proofs = prove(made, source, offline=offline, quiet=as_json) if verify else ()
     passed = all(proof.passed for proof in proofs)
+    if (source / "plan.json").is_file():
+        write_page(source)
     if as_json:
         print_json(ExportAnswer(ok=passed, export=made, verifications=proofs))
     else:

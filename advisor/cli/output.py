@@ -27,7 +27,7 @@ def print_text(*parts: RenderableType) -> None:
 
     console = make_console()
     for part in parts:
-        console.print(part)
+        console.print(part, markup=False)
 
 
 def notifier(*, quiet: bool) -> Callable[[str], None]:

@@ -9,6 +9,7 @@ import typer
 
 from advisor.cli.options import Json, Offline
 from advisor.cli.output import print_json, print_text
+from advisor.run.page import write_page
 from advisor.run.supervisor import run_plan
 from advisor.types import RunReport
 
@@ -35,10 +36,13 @@ def run(
 
 
 def train(folder: Path, *, resume: bool, offline: bool, quiet: bool) -> RunReport:
-    """Run the training of a folder with the live view, or silently."""
-    if quiet:
-        return run_plan(folder, resume=resume, on_event=lambda _: None, offline=offline)
-    from advisor.ui.live import RunView
+    """Run the training of a folder with the live view, or silently; the page is written however it ends."""
+    try:
+        if quiet:
+            return run_plan(folder, resume=resume, on_event=lambda _: None, offline=offline)
+        from advisor.ui.live import RunView
 
-    with RunView(folder) as view:
-        return run_plan(folder, resume=resume, on_event=view.show, offline=offline)
+        with RunView(folder) as view:
+            return run_plan(folder, resume=resume, on_event=view.show, offline=offline)
+    finally:
+        write_page(folder)

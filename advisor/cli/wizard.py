@@ -116,4 +116,3 @@ def _show_found(key: str, given: dict[str, Answer], knowledge: Knowledge, *, off
     if key == "data":
         for profile in profiles_of(inputs, knowledge, notifier(quiet=False)):
             print_text(render.dataset(profile))
-

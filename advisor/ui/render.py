@@ -352,6 +352,18 @@ def verification(proof: Verification) -> RenderableType:
     return Group(title, table)
 
 
+def side_by_side(rows: Iterable[tuple[str, str, str]]) -> RenderableType:
+    """Draw answers to the same prompts before and after training."""
+    table = Table(
+        title="Held-out prompts", title_justify="left", title_style="head", show_lines=True, expand=True
+    )
+    for header, ratio in (("Prompt", 3), ("Before", 4), ("After", 4)):
+        table.add_column(header, ratio=ratio, overflow="fold")
+    for prompt, before, after in rows:
+        table.add_row(Text(prompt), Text(before), Text(after))
+    return table
+
+
 def export(made: Export, proofs: Sequence[Verification]) -> RenderableType:
     """Draw the files of an export and their proofs."""
     by_name = {proof.gguf: proof for proof in proofs}
