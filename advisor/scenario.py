@@ -6,6 +6,7 @@ Never does: look at the machine, open a file, judge.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -34,7 +35,7 @@ T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-REMEDY = "See docs/scenario.md for the keys, or: ftadvisor explain scenario"
+REMEDY = "The keys and their values: ftadvisor explain scenario"
 
 
 class HardwareEntry(Record, frozen=True, kw_only=True):
@@ -105,7 +106,8 @@ class NamedModel(Record, frozen=True, kw_only=True):
     """How a model name was understood."""
 
     asked: str
-    how: Literal["auto", "known", "quantised", "closed", "words", "unknown"]
+    how: Literal["auto", "known", "guessed", "quantised", "closed", "words", "unknown"]
+    """`guessed`: only the size in its name is known, and the shape is that of a model of like size."""
     spec: ModelSpec | None = None
 
 
@@ -343,7 +345,8 @@ def name_model(text: str, knowledge: Knowledge) -> NamedModel:
     if not is_open and "/" not in asked and _mentions(words, rules["hosted"]["words"]):
         return NamedModel(asked=asked, how="closed")
     if "/" in asked:
-        return NamedModel(asked=asked, how="unknown")
+        guess = _guessed(asked, knowledge)
+        return NamedModel(asked=asked, how="guessed" if guess else "unknown", spec=guess)
     spec = _by_words(asked, knowledge)
     return NamedModel(asked=asked, how="known" if spec else "words", spec=spec)
 
@@ -372,6 +375,11 @@ def _known(asked: str, knowledge: Knowledge) -> ModelSpec | None:
     return None
 
 
+def base_twin(instruct_id: str, base_id: str) -> bool:
+    """True when the second model is the base that the first was made of, by its name."""
+    return _short(base_id) in _base_names(instruct_id)
+
+
 def _base_names(instruct_id: str) -> set[str]:
     """Names that the base twin of an instruct model goes by."""
     short = _short(instruct_id)
@@ -388,6 +396,26 @@ def _unquantised(asked: str, marks: Iterable[str]) -> str:
     name = re.sub(r"\.(gguf|bin|ggml)$", "", asked, flags=re.IGNORECASE)
     pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
     return re.sub(rf"[-_.](?:{pattern}|i1|unsloth)(?=$|[-_.])", "", name, flags=re.IGNORECASE)
+
+
+def _guessed(asked: str, knowledge: Knowledge) -> ModelSpec | None:
+    """A hub id that kb/ does not know, by the size in its name: the nearest dense model with as many layers more."""
+    found = re.search(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*([bm])(?![a-z0-9])", asked.lower())
+    if not found:
+        return None
+    size = float(found[1]) * (1e9 if found[2] == "b" else 1e6)
+    dense = [(key, facts) for key, facts in knowledge.models.items() if not facts.experts]
+    if not dense or size <= 0:
+        return None
+    key, facts = min(dense, key=lambda item: (abs(math.log(item[1].parameters / size)), item[0]))
+    like = spec_of(key, facts)
+    layers = max(1, round(like.shape.layers * size / like.parameters))
+    words = re.split(r"[^a-z]+", asked.lower())
+    return msgspec.structs.replace(
+        like, id=asked, shape=msgspec.structs.replace(like.shape, layers=layers), parameters=round(size),
+        instruct=bool({"instruct", "it", "chat"} & set(words)), licence=None, commercial=None, licence_note="",
+        gated=False, languages=(), source="judgement", verified=False,
+    )  # fmt: skip
 
 
 def _by_words(asked: str, knowledge: Knowledge) -> ModelSpec | None:

@@ -184,6 +184,8 @@ def _verdict(case: Case, knowledge: Knowledge) -> Verdict:
         return "fix_data_first"
     if case.advice.method_refused is not None or decision.verdict == "change_plan":
         return "change_plan"
+    if case.option.fit and any(stage.cut for stage in case.option.fit.stages):
+        return "change_plan"
     if not case.option.in_time and situation.scenario.goal.max_hours is not None:
         return "change_plan"
     return "train"

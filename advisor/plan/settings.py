@@ -39,7 +39,7 @@ def stage_sheet(
     _length(sheet, stage)
     _optimiser(sheet, stage, advice, knowledge)
     _machine(sheet, stage, option, fit, advice, knowledge)
-    _loss(sheet, stage, knowledge)
+    _loss(sheet, stage, option)
     _tuner(sheet, stage, option, advice, knowledge)
     _objective(sheet, stage, advice, knowledge)
     _mixture(sheet, stage, advice, knowledge)
@@ -164,7 +164,9 @@ def _machine(
         sheet.put("cpu_offload", True, "optimiser states wait in the host's memory", "fsdp-qlora")
 
 
-def _loss(sheet: Sheet, stage: StageFit, knowledge: Knowledge) -> None:
+def _loss(sheet: Sheet, stage: StageFit, option: Option) -> None:
+    if option.proposal.tuner == "classifier_head":
+        return
     sheet.put(
         "loss", stage.settings.loss, "the logits of all tokens are never held at once", "performance-lab"
     )
@@ -271,7 +273,7 @@ def _mixture(sheet: Sheet, stage: StageFit, advice: Advice, knowledge: Knowledge
         sheet.put(
             "same_rank_for_all", True, "adapters of one rank can be served together on one base", "vllm-docs"
         )
-    if stage.objective == "cpt" and new_language(situation, knowledge):
+    if stage.objective == "cpt" and stage.rank and new_language(situation, knowledge):
         rules = rule(knowledge, "settings", "embeddings")
         rate = _number(sheet, "learning_rate") * rules["learning_rate_factor"]
         sheet.put("train_embeddings", True, "words of a new language need new vectors", rules["source"])

@@ -14,6 +14,7 @@ from advisor.plan.settings import new_language, replay
 from advisor.recommend.chains import PREFERENCE
 from advisor.recommend.situation import rows_of, rule, unequal_ratio
 from advisor.recommend.weigh import data_excess
+from advisor.types import ModelSpec
 
 Values = dict[str, Any] | None
 
@@ -71,17 +72,17 @@ def chat_template(case: Case, knowledge: Knowledge) -> Values:
             "severity": "must",
             "detail": "the rows are written in several templates; bring them into one",
         }
-    return {} if set(case.objectives) - {"cpt"} else None
+    return {} if set(case.objectives) - {"cpt"} and case.tuner != "classifier_head" else None
 
 
 def eos_pad(case: Case, knowledge: Knowledge) -> Values:
     """Every SFT stage."""
-    return {} if set(case.objectives) & {"sft", "orpo"} else None
+    return {} if set(case.objectives) & {"sft", "orpo"} and case.tuner != "classifier_head" else None
 
 
 def mask_loss(case: Case, knowledge: Knowledge) -> Values:
     """SFT on rows that hold questions and answers."""
-    return {} if "sft" in case.objectives else None
+    return {} if "sft" in case.objectives and case.tuner != "classifier_head" else None
 
 
 def tools_column(case: Case, knowledge: Knowledge) -> Values:
@@ -226,11 +227,20 @@ def keep_reasoning_data(case: Case, knowledge: Knowledge) -> Values:
     kinds = {d.kind for d in case.situation.demos}
     if kinds == {"reasoning_chat"}:
         return None
-    facts = knowledge.models.get(case.spec.id)
-    thinks = bool(facts and "reasoning" in facts.strengths)
-    if not thinks and "reasoning_chat" not in kinds:
+    thinks = thinking(case.spec, knowledge)
+    if thinks is None and "reasoning_chat" not in kinds:
         return None
-    return {"severity": "must" if thinks and "reasoning_chat" not in kinds else "should"}
+    return {"severity": "must" if thinks == "always" and "reasoning_chat" not in kinds else "should"}
+
+
+def thinking(spec: ModelSpec, knowledge: Knowledge) -> str | None:
+    """`always` or `sometimes` when a model thinks aloud before it answers, by its name or chat template."""
+    rules, name = rule(knowledge, "data", "reasoning"), f"{spec.id} {spec.family}".lower()
+    if any(word in name for word in rules["always"]):
+        return "always"
+    marked = spec.chat_template is not None and any(mark in spec.chat_template for mark in rules["marks"])
+    hybrid = any(word in name for word in rules["sometimes"]) and not any(w in name for w in rules["never"])
+    return "sometimes" if marked or hybrid else None
 
 
 def separate_adapters(case: Case, knowledge: Knowledge) -> Values:
@@ -244,8 +254,8 @@ def sft_first(case: Case, knowledge: Knowledge) -> Values:
         return None
     if case.situation.scenario.goal.model_state == "own_sft":
         return None
-    has_sft = "sft" in case.objectives
-    return {"severity": "should" if has_sft or case.situation.answered else "must"}
+    mild = "sft" in case.objectives or "kto" in case.objectives or case.situation.answered
+    return {"severity": "should" if mild else "must"}
 
 
 CHECKS = tuple(

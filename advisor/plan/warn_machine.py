@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from advisor.estimate.memory import estimate_memory
 from advisor.knowledge import Knowledge
 from advisor.plan.case import Case, limit
 from advisor.units import format_bytes, format_seconds
@@ -43,10 +46,19 @@ def no_flash_attn(case: Case, knowledge: Knowledge) -> Values:
 def tight_memory(case: Case, knowledge: Knowledge) -> Values:
     """It fits with little to spare."""
     fitted = case.option.fit if case.option else None
-    if fitted is None or not fitted.tight or not case.trained():
+    if fitted is None or case.option is None or not case.trained():
         return None
-    high, free = fitted.peak_high, case.situation.machine.free_bytes
-    return {"detail": f"up to {format_bytes(high)} of {format_bytes(free)}"}
+    free = case.situation.machine.free_bytes
+    if fitted.tight:
+        return {"severity": "must"}
+    for stage in fitted.stages:
+        if not stage.settings.gradient_checkpointing:
+            continue
+        plain = msgspec.structs.replace(stage.settings, gradient_checkpointing=False)
+        without = estimate_memory(case.option.proposal.spec, plain, knowledge.rules["memory"])
+        if without.peak_bytes.high > free:
+            return {"severity": "should", "detail": "without recomputed activations it would not fit"}
+    return None
 
 
 def offload_cpu_ram(case: Case, knowledge: Knowledge) -> Values:

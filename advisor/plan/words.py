@@ -40,15 +40,22 @@ def _what(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
     if case.option is None or case.spec is None:
         return "Nothing that was considered fits this machine."
     title = knowledge.tuners[case.tuner].title
-    chain = ", then ".join(o.upper() for o in case.objectives)
+    chain = ", then ".join(short_name(o, knowledge) for o in case.objectives)
     lead = {"fix_data_first": "Mend the data first, then: ", "change_plan": "Another way than asked: ",
             "change_model": "Another model than asked: ", "dont_train_yet": "Not yet; if you insist: "}  # fmt: skip
     return f"{lead.get(verdict, '')}{title} with {chain} on {case.spec.id} ({format_count(case.spec.parameters)} parameters)."
 
 
+def short_name(objective: str, knowledge: Knowledge) -> str:
+    """The abbreviation in an objective's title, else the title."""
+    title = knowledge.objectives[objective].title
+    return title.rpartition("(")[2].rstrip(")") if title.endswith(")") else title.lower()
+
+
 def _why(case: Case) -> str:
     decision, advice = case.advice.decision, case.advice
     reasons = [decision.why]
+    asked = case.situation.goal.requested_objective
     if advice.model_refused is not None:
         reasons.append(f"{case.situation.named.asked} was not taken: {advice.model_refused.reason}")
     if case.situation.named.how == "closed":
@@ -59,11 +66,11 @@ def _why(case: Case) -> str:
         reasons.append(
             f"{case.situation.goal.requested_method} was not taken: {advice.method_refused.reason}"
         )
-    if decision.refused_request:
-        asked = case.situation.goal.requested_objective
-        reasons.append(
-            f"{asked} was not taken: {decision.refused_request}" if asked else decision.refused_request
-        )
+    if decision.refused_request and asked:
+        alone = " alone" if asked in case.objectives else ""
+        reasons.append(f"{asked}{alone} was not taken: {decision.refused_request}")
+    elif decision.refused_request:
+        reasons.append(decision.refused_request)
     text = "; ".join(reason for reason in reasons if reason)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
@@ -115,12 +122,26 @@ def alternatives(case: Case, knowledge: Knowledge) -> tuple[Alternative, ...]:
         found.append(
             _alternative("mlx_qlora", "mlx-lm trains 4-bit LoRA on Apple silicon, where larger models fit.")
         )
+    found += _in_time(case)
     found += _what_if(case)
     return tuple(found)
 
 
 def _alternative(code: str, message: str) -> Alternative:
     return Alternative(code=code, message=message)
+
+
+def _in_time(case: Case) -> list[Alternative]:
+    """How many steps the allowed time holds, where the whole plan takes longer."""
+    allowed, seconds = case.situation.scenario.goal.max_hours, case.seconds()
+    if allowed is None or seconds <= allowed * 3600 or not case.stages:
+        return []
+    share = allowed * 3600 / seconds
+    message = (
+        f"In {allowed:g} hours about {share:.0%} of the planned steps can be done: train on the best {share:.0%} of the "
+        "rows for one pass, take a smaller model, or a faster device."
+    )
+    return [_alternative("less_data", message)]
 
 
 def _what_if(case: Case) -> list[Alternative]:
@@ -153,6 +174,10 @@ def assumptions(case: Case, knowledge: Knowledge) -> tuple[str, ...]:
         f"Understood: {', '.join(heard)}." if heard else "",
         *(f"Not said: {text}." for text in goal.unclear),
     ]
+    if case.situation.named.how == "guessed":
+        said.append(
+            f"{case.situation.named.asked} is not in kb/: its shape was guessed from the size in its name."
+        )
     if case.situation.named.how == "words":
         said.append(f"No model is called {case.situation.named.asked!r}; one was chosen.")
     hardware = case.situation.scenario.hardware

@@ -11,17 +11,20 @@ from typing import Literal
 
 import msgspec
 
+from advisor.errors import UnknownNameError
 from advisor.knowledge import Knowledge
 from advisor.recommend.amount import hours_of
 from advisor.recommend.chains import Decision, decide
 from advisor.recommend.fit import Fit, NoFit, fit
-from advisor.recommend.gates import Objection, Proposal, objection_to_model, objection_to_tuner
+from advisor.recommend.gates import MAIN_TUNERS, Objection, Proposal, objection_to_model, objection_to_tuner
 from advisor.recommend.situation import Situation, read_situation, rule
 from advisor.recommend.weigh import prefers_base, weigh_model, weigh_substitute, weigh_tuner
 from advisor.scenario import spec_of
 from advisor.types import Candidate, ModelSpec, Record, Scenario
 from advisor.units import format_bytes
 
+MODEL_CODES = frozenset({"licence", "fp16_overflow_model", "context", "instruct_base_choice"})
+"""Objections to a model, whatever the tuner."""
 MORE_ESTIMATES = 3
 """Candidates that are estimated beyond the chosen one, where the model is free."""
 
@@ -68,8 +71,15 @@ def recommend(scenario: Scenario, knowledge: Knowledge) -> tuple[Candidate, ...]
 
 
 def advise(scenario: Scenario, knowledge: Knowledge) -> Advice:
-    """Choose chain, model and tuner for a scenario."""
+    """Choose chain, model and tuner for a scenario.
+
+    Raises:
+        UnknownNameError: the model is not known, and neither its files nor the size in its name tell its shape.
+    """
     situation = read_situation(scenario, knowledge)
+    if situation.named.how == "unknown":
+        see = "Give its folder, or a hub id that can be reached: --model FOLDER"
+        raise UnknownNameError("model", situation.named.asked, knowledge.models, see)
     decision = decide(situation, knowledge)
     if not decision.chain:
         return Advice(situation=situation, decision=decision, chosen=None, options=())
@@ -94,6 +104,8 @@ def _advice(
     plain = [o for o in fitting if o.fit and not o.fit.layout.offload]
     plain = [o for o in plain if o.in_time] or plain
     chosen = next(iter(wished or plain or fitting), None)
+    if chosen and not wished:
+        chosen = _roomier(chosen, plain, situation)
     method_refused = None
     if asked and not asked.startswith("none") and (chosen is None or chosen.proposal.tuner != asked):
         method_refused = _why_not_this_tuner(asked, options)
@@ -101,6 +113,15 @@ def _advice(
         situation=situation, decision=decision, chosen=chosen, options=options,
         asked_model=situation.named.asked, model_refused=refused, method_refused=method_refused,
     )  # fmt: skip
+
+
+def _roomier(chosen: Option, options: list[Option], situation: Situation) -> Option:
+    """Rather a combination that needs no shorter rows or smaller rank; of the same model where it was named."""
+    other = [o for o in options if o.proposal.tuner in MAIN_TUNERS]
+    if situation.spec is not None:
+        other = [o for o in other if o.proposal.spec.id == chosen.proposal.spec.id]
+    whole = [o for o in other if o.fit and o.fit.whole]
+    return whole[0] if whole and chosen.fit and not chosen.fit.whole else chosen
 
 
 # --- which models --------------------------------------------------------------------------------
@@ -125,7 +146,7 @@ def _weigh_all(
     situation: Situation, decision: Decision, knowledge: Knowledge,
     weigh: Callable[[ModelSpec], tuple[float, list[str]]],
 ) -> list[Weighted]:  # fmt: skip
-    base = prefers_base(situation, decision.chain)
+    base = prefers_base(situation, knowledge)
     found: list[Weighted] = []
     for key, facts in knowledge.models.items():
         if facts.recommend and (facts.instruct or base):
@@ -197,18 +218,24 @@ def _estimate_in_order(
             judged.append(msgspec.structs.replace(option, no_fit=no_fit))
             continue
         hours = hours_of(found, option.proposal, situation, knowledge)
-        limit = situation.scenario.goal.max_hours or rule(knowledge, "choice", "fit")["patience_hours"]
-        in_time = hours <= limit
+        in_time = hours <= _allowed_hours(situation, knowledge)
         judged.append(msgspec.structs.replace(option, fit=found, no_fit=None, hours=hours, in_time=in_time))
-        if many and (in_time or more is not None):
+        if many and ((in_time and found.whole) or more is not None):
             more = MORE_ESTIMATES if more is None else more - 1
     return judged
+
+
+def _allowed_hours(situation: Situation, knowledge: Knowledge) -> float:
+    if situation.scenario.goal.max_hours is not None:
+        return situation.scenario.goal.max_hours
+    key = "patience_hours" if situation.machine.device == "cuda" else "patience_hours_host"
+    return float(rule(knowledge, "choice", "fit")[key])
 
 
 def _why_not_this_model(options: tuple[Option, ...]) -> Objection:
     main = [o for o in options if o.proposal.tuner in ("qlora", "lora", "full")]
     for option in main:
-        if option.objection and option.objection.code in ("licence", "fp16_overflow_model", "context"):
+        if option.objection and option.objection.code in MODEL_CODES:
             return option.objection
     tried = [o.no_fit for o in options if o.no_fit and o.proposal.tuner in ("qlora", "lora", "full")]
     if tried:

@@ -6,6 +6,8 @@ Never does: judge whether the time is acceptable.
 
 from __future__ import annotations
 
+import math
+
 from advisor.estimate.time import estimate_time
 from advisor.knowledge import Knowledge
 from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
@@ -41,8 +43,14 @@ def epochs_for(
     index = next(i for i, least in enumerate(rules["from_rows"]) if rows >= least)
     epochs = int(rules["epochs"][index])
     why = f"{rows:,} rows: {epochs} pass{'es' if epochs > 1 else ''}, the fewer the more rows there are"
-    if proposal.facts.gguf == "virtual_tokens":
-        return max(epochs, int(rules["soft_prompt"])), "virtual tokens learn slowly"
+    if proposal.facts.group not in ("full", "lora", "classifier_head"):
+        batch = rule(knowledge, "settings", "batch")["small_data"]
+        steps = math.ceil(rules["few_parameters_steps"] * batch / max(rows, 1))
+        slow = max(epochs, min(int(rules["few_parameters_most"]), steps))
+        return (
+            slow,
+            f"so few trained parameters need many steps (about {rules['few_parameters_steps']:,} in T-Few)",
+        )
     if situation.wish("must_not_forget") or situation.earlier:
         most = int(rules["must_not_forget_most"])
         if epochs > most:

@@ -181,6 +181,10 @@ def _chain(situation: Situation, knowledge: Knowledge) -> tuple[tuple[Objective,
         source = rule(knowledge, "data", "text_volume")["source"]
     if situation.demos or _needs_policy_first(situation, knowledge, last):
         first.append("sft")
+        if last and situation.demos:
+            why = f"{format_count(rows_of(situation.demos))} demonstrations first; then {why}"
+        elif last:
+            why = f"the start has to learn the task first, from the better or right answers; then {why}"
         if not last:
             rows = format_count(rows_of(situation.demos))
             why = why or f"{rows} demonstrations show the answers wanted: supervised fine-tuning"
@@ -192,7 +196,11 @@ def _last_stage(situation: Situation, knowledge: Knowledge) -> tuple[tuple[Objec
     asked = situation.goal.requested_objective
     direct: dict[str, Objective] = {"dpo": "dpo", "orpo": "orpo", "simpo": "simpo"}
     if situation.pairs and asked in direct:
-        return (direct[asked],), f"{asked.upper()} was asked for and the pairs allow it", "axolotl-guides"
+        return (
+            (direct[asked],),
+            f"{knowledge.objectives[asked].title} was asked for and the pairs allow it",
+            "axolotl-guides",
+        )
     if situation.pairs and (asked == "rloo" or (situation.prompts and asked in (None, "grpo", "reward"))):
         why = "the pairs train a reward model, and the model is then reinforced with its marks"
         return ("reward", "rloo"), why, "rloo-paper"

@@ -42,7 +42,8 @@ def usual_quant(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> 
     if spec.parameters < rules["unquantised_below"] or spec.parameters < rules["tiny_below"]:
         return rules["tiny"], f"models below {rules['tiny_below'] / 1e9:.0f}B lose visibly to fewer bits"
     if situation.wish("best"):
-        return rules["best"], "the best quality was asked for"
+        large = spec.parameters >= rules["large_from"]
+        return rules["best_large" if large else "best"], "the best quality was asked for"
     if spec.parameters < rules["small_below"]:
         return rules[
             "small"

@@ -13,10 +13,10 @@ import msgspec
 
 from advisor.estimate.memory import estimate_memory
 from advisor.knowledge import Knowledge
-from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
+from advisor.recommend.chains import PAIR_OBJECTIVES, PREFERENCE, REINFORCEMENT
 from advisor.recommend.gates import Proposal, task_bytes
 from advisor.recommend.lengths import Lengths, lengths_of, round_up
-from advisor.recommend.situation import DEMONSTRATIONS, TEXT, Situation, rows_of, rule
+from advisor.recommend.situation import TEXT, Situation, rows_of, rule
 from advisor.types import (
     DatasetProfile,
     MemoryEstimate,
@@ -39,6 +39,8 @@ class Layout(Record, frozen=True, kw_only=True):
     shard: Literal["none", "fsdp"] = "none"
     gpus: int = 1
     offload: bool = False
+    exact: bool = False
+    """Only the most exact way of storing weights is tried, because sharding allows it anyway."""
 
 
 class StageFit(Record, frozen=True, kw_only=True):
@@ -52,6 +54,10 @@ class StageFit(Record, frozen=True, kw_only=True):
     completion_tokens: int = 0
     shortened: bool = False
     """True when the sequence had to be shorter than the data asks for."""
+    cut: bool = False
+    """True when the length is below what the rows need, because nothing else fits."""
+    cramped: bool = False
+    """True when the rank had to be smaller than the data asks for."""
     least_batch: bool = False
     """True when nothing but the smallest micro-batch fits."""
 
@@ -62,6 +68,11 @@ class Fit(Record, frozen=True, kw_only=True):
     stages: tuple[StageFit, ...]
     layout: Layout
     tight: bool
+
+    @property
+    def whole(self) -> bool:
+        """True when neither length nor rank had to give way."""
+        return not any(stage.shortened or stage.cramped for stage in self.stages)
 
     @property
     def peak_high(self) -> float:
@@ -85,6 +96,7 @@ class _Try(Record, frozen=True, kw_only=True):
     optimizer: Optimizer = "adamw_torch"
     rank: int = 16
     completion: int = 0
+    loss: Literal["full_logits", "chunked"] = "chunked"
 
 
 def fit(
@@ -104,7 +116,7 @@ def fit(
             high = max(stage.estimate.peak_bytes.high for stage in stages)
             share = rule(knowledge, "choice", "fit")["tight_share"]
             tight = high > share * situation.machine.free_bytes or any(
-                stage.least_batch or stage.shortened for stage in stages
+                stage.least_batch or stage.shortened or stage.cramped for stage in stages
             )
             return Fit(stages=tuple(stages), layout=layout, tight=tight)
     free = situation.machine.free_bytes
@@ -133,7 +145,7 @@ def _layouts(
             yield Layout()
         return
     if not offload:
-        yield Layout(parallel="ddp", gpus=gpus)
+        yield Layout(parallel="ddp", gpus=gpus, exact=proposal.tuner == "full")
         yield Layout(parallel="fsdp", shard="fsdp", gpus=gpus)
         return
     rules = rule(knowledge, "choice", "fit")
@@ -151,7 +163,9 @@ def _fit_stage(
 ) -> StageFit | NoFit:
     lengths = lengths_of(datasets_of(objective, situation), rule(knowledge, "data", "lengths"))
     free = situation.machine.free_bytes
-    tries = list(_tries(proposal, objective, lengths, situation, knowledge))
+    if objective == "cpt":
+        lengths = _text_lengths(lengths, knowledge)
+    tries = list(_tries(proposal, objective, lengths, layout, situation, knowledge))
     frugal = tries[-1]
     least = _estimate(proposal, objective, frugal, layout, situation, knowledge)
     if least[1].peak_bytes.high > free:
@@ -171,6 +185,7 @@ def _fit_stage(
                 objective=objective, settings=settings, estimate=estimate, lengths=lengths,
                 rank=attempt.rank, completion_tokens=attempt.completion,
                 shortened=attempt.seq_len < first.seq_len or attempt.completion < first.completion,
+                cut=attempt.seq_len < min(lengths.least, first.seq_len), cramped=attempt.rank < first.rank,
                 least_batch=attempt.micro_batch == frugal.micro_batch < first.micro_batch,
             )  # fmt: skip
     return NoFit(
@@ -179,15 +194,16 @@ def _fit_stage(
 
 
 def _tries(
-    proposal: Proposal, objective: Objective, lengths: Lengths, situation: Situation, knowledge: Knowledge
-) -> Iterator[_Try]:
+    proposal: Proposal, objective: Objective, lengths: Lengths, layout: Layout, situation: Situation,
+    knowledge: Knowledge,
+) -> Iterator[_Try]:  # fmt: skip
     """Settings from the wished to the most frugal, what costs least given up first."""
     limits = rule(knowledge, "data", "lengths")
     completion = _completion(objective, knowledge)
     most = max(proposal.spec.context_tokens - completion, limits["smallest"])
     target, least = min(lengths.target, most), min(lengths.least, most)
     rank = rank_for(proposal, objective, situation, knowledge)
-    variants = _variants(proposal, situation)
+    variants = _variants(proposal, situation)[: 1 if layout.exact else None]
     batches = _batches(proposal.spec, objective, target + completion, situation, knowledge)
     bits, optimizer = variants[0]
     first = _Try(
@@ -197,6 +213,8 @@ def _tries(
     small = proposal.spec.parameters < rule(knowledge, "choice", "batch")["small_model_below"]
     frees = proposal.facts.gradient_checkpointing
     if not frees or small or situation.machine.device == "cpu":
+        if situation.machine.device == "cpu" and objective == "sft":
+            yield msgspec.structs.replace(first, checkpointing=False, loss="full_logits")
         yield msgspec.structs.replace(first, checkpointing=False)
     if not frees:
         for batch in batches[1:]:
@@ -208,7 +226,10 @@ def _tries(
         for batch in batches:
             last = msgspec.structs.replace(first, micro_batch=batch, weight_bits=bits, optimizer=optimizer)
             yield last
-    for seq_len in dict.fromkeys((round_up((target + least) / 2, limits), least)):
+    shorter_rows = [round_up((target + least) / 2, limits), least]
+    if situation.spec is not None and proposal.spec.id == situation.spec.id:
+        shorter_rows.append(min(lengths.bare, most))
+    for seq_len in dict.fromkeys(shorter_rows):
         if seq_len < target:
             last = msgspec.structs.replace(last, seq_len=seq_len)
             yield last
@@ -216,8 +237,18 @@ def _tries(
         last = msgspec.structs.replace(last, completion=shorter)
         yield last
     frugal_rank = rule(knowledge, "settings", "rank")["tight_memory"]
-    if proposal.facts.group == "lora" and rank > frugal_rank:
-        yield msgspec.structs.replace(last, rank=frugal_rank)
+    while proposal.facts.group == "lora" and last.rank > frugal_rank:
+        last = msgspec.structs.replace(last, rank=max(frugal_rank, last.rank // 2))
+        yield last
+
+
+def _text_lengths(lengths: Lengths, knowledge: Knowledge) -> Lengths:
+    """Plain text is cut into sequences of a length of our own choice."""
+    rules = rule(knowledge, "data", "text_volume")
+    return Lengths(
+        mean=rules["sequence"], target=rules["sequence"], least=rules["least_sequence"], bare=rules["least_sequence"], longest=None,
+        said="plain text is joined and cut into full sequences",
+    )  # fmt: skip
 
 
 def _completion(objective: Objective, knowledge: Knowledge) -> int:
@@ -267,7 +298,8 @@ def _batches(
     small = spec.parameters < rules["small_model_below"]
     tokens = rules["tokens_small_model"] if small else rules["tokens"]
     floor = 2 if objective == "kto" else 1
-    wanted = max(floor, min(int(rules["largest"]), int(tokens // max(seq_len, 1))))
+    rows = 2 if objective in PAIR_OBJECTIVES else 1
+    wanted = max(floor, min(int(rules["largest"]), int(tokens // max(rows * seq_len, 1))))
     if objective == "kto":
         wanted = max(wanted, 4)
     batches, batch = [], 1
@@ -301,7 +333,7 @@ def memory_settings(
         weight_bits=32 if precision == "fp32" and bits == 16 else bits,
         micro_batch=attempt.micro_batch, seq_len=attempt.seq_len + attempt.completion,
         gradient_checkpointing=attempt.checkpointing, optimizer=attempt.optimizer,
-        lora_r=attempt.rank, target="all-linear", attention="sdpa", loss="chunked",
+        lora_r=attempt.rank, target="all-linear", attention="sdpa", loss=attempt.loss,
         virtual_tokens=_int(facts.get("virtual_tokens")), bottleneck=_int(facts.get("bottleneck")),
         generations=_int(generations), gpus=layout.gpus, shard=layout.shard, offload=layout.offload,
         device=situation.machine.device,
@@ -341,7 +373,7 @@ def _wanted_rank(objective: Objective, situation: Situation, knowledge: Knowledg
         return int(rules["reinforcement"])
     if situation.tenants > 1:
         return int(rules["tenants"])
-    rows = rows_of(d for d in situation.train if d.kind in DEMONSTRATIONS)
+    rows = rows_of(datasets_of("sft", situation))
     if rows >= capacity["lora_rows"]:
         return int(rules["capacity"])
     if rows >= rules["large_from_rows"]:

@@ -11,6 +11,7 @@ from advisor.knowledge import Knowledge
 from advisor.recommend.deploy import choose_file
 from advisor.recommend.lengths import lengths_of
 from advisor.recommend.situation import Situation, rows_of, rule
+from advisor.scenario import base_twin
 from advisor.types import MemorySettings, ModelSpec, Objective, Record, TunerFacts
 from advisor.units import format_bytes, format_count
 
@@ -40,7 +41,7 @@ class Proposal(Record, frozen=True, kw_only=True):
 
 def objection_to_model(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> Objection | None:
     """The first rule that a model breaks, whatever the tuner."""
-    for gate in (_licence, _fp16_model, _device_room, _context):
+    for gate in (_licence, _fp16_model, _device_room, _context, _few_rows_for_base):
         if objection := gate(spec, situation, knowledge):
             return objection
     return None
@@ -49,7 +50,7 @@ def objection_to_model(spec: ModelSpec, situation: Situation, knowledge: Knowled
 def objection_to_tuner(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
     """The first rule that a tuner breaks on this model."""
     for gate in (
-        _platform, _bias, _head, _chain_fits, _export, _separate, _scale, _latency, _storage, _few_rows,
+        _platform, _bias, _head, _chain_fits, _export, _separate, _scale, _latency, _storage, _few_rows, _forgets,
     ):  # fmt: skip
         if objection := gate(proposal, situation, knowledge):
             return objection
@@ -100,6 +101,18 @@ def _context(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> Obj
         return None
     reason = f"its context of {spec.context_tokens:,} tokens is shorter than the {needed:,} needed"
     return Objection(code="context", reason=reason, source=spec_source(spec, knowledge), hard=False)
+
+
+def _few_rows_for_base(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> Objection | None:
+    limits = rule(knowledge, "data", "rows")
+    rows = rows_of(situation.demos)
+    twin = any(facts.instruct and base_twin(key, spec.id) for key, facts in knowledge.models.items())
+    if spec.instruct or not twin or situation.texts or situation.scenario.goal.model_state is not None:
+        return None
+    if not 0 < rows < limits["small_below"]:
+        return None
+    reason = f"{rows} rows cannot teach a base model to follow instructions; its instruct twin already does"
+    return Objection(code="instruct_base_choice", reason=reason, source="unsloth-advice", hard=False)
 
 
 # --- the tuner -----------------------------------------------------------------------------------
@@ -211,3 +224,12 @@ def _few_rows(proposal: Proposal, situation: Situation, knowledge: Knowledge) ->
         return None
     reason = f"{rows} rows cannot guide {format_count(proposal.spec.parameters)} free parameters: it would learn them by heart"
     return Objection(code="small_data_overfit", reason=reason, source=limits["source"], hard=False)
+
+
+def _forgets(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
+    if proposal.tuner != "full" or not (situation.wish("must_not_forget") or situation.earlier):
+        return None
+    if proposal.spec.parameters < rule(knowledge, "choice", "tuner")["small_model_below"]:
+        return None
+    reason = "it changes every weight and forgets more than an adapter does, and nothing may be forgotten"
+    return Objection(code="forgetting", reason=reason, source="lora-learns-less", hard=False)

@@ -20,6 +20,8 @@ class Lengths(Record, frozen=True, kw_only=True):
     """Length that holds nearly every row."""
     least: int
     """Below this too many rows would be cut."""
+    bare: int
+    """What the usual row needs: the last resort before another model must be taken."""
     longest: int | None
     """The longest row, where it is known."""
     said: str
@@ -38,7 +40,7 @@ def lengths_of(datasets: Iterable[DatasetProfile], rules: Mapping[str, Any]) -> 
     widest = max(each, key=lambda one: one.target)
     return Lengths(
         mean=sum(one.mean for one in each) / len(each), target=widest.target,
-        least=max(one.least for one in each), longest=max(longest, default=None), said=widest.said,
+        least=max(one.least for one in each), bare=max(one.bare for one in each), longest=max(longest, default=None), said=widest.said,
     )  # fmt: skip
 
 
@@ -67,9 +69,10 @@ def _of(dataset: DatasetProfile | None, rules: Mapping[str, Any]) -> Lengths:
 def _lengths(
     mean: float, target: float, least: float, longest: int | None, said: str, rules: Mapping[str, Any]
 ) -> Lengths:
+    bare = min(least, max(mean * rules["minimum_over_mean"], least * rules["bare_over_p95"]))
     return Lengths(
-        mean=float(mean), target=round_up(target, rules), least=round_up(least, rules), longest=longest,
-        said=said,
+        mean=float(mean), target=round_up(target, rules), least=round_up(least, rules),
+        bare=round_up(bare, rules), longest=longest, said=said,
     )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from advisor.knowledge import Knowledge
-from advisor.recommend.chains import PREFERENCE
 from advisor.recommend.gates import Proposal
 from advisor.recommend.situation import Situation, megabytes_of, rows_of, rule
+from advisor.scenario import base_twin
 from advisor.types import ModelFacts, ModelSpec
 from advisor.units import format_count
 
@@ -95,11 +95,15 @@ def weigh_model(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> 
     if spec.parameters > ceiling:
         points += size["beyond_per_doubling"] * math.log2(spec.parameters / ceiling)
     scale.add(points, f"{format_count(spec.parameters)} parameters")
+    if prefers_base(situation, knowledge) and not spec.instruct:
+        scale.add(model["base_for_text"], "a base model reads on better than one that was taught to chat")
     _weigh_facts(scale, spec, situation, knowledge.models.get(spec.id), model)
     return scale.score, scale.reasons
 
 
 def _ceiling(situation: Situation, size: Mapping[str, Any]) -> float:
+    if situation.machine.device == "cpu":
+        return float(size["ceiling_cpu"])
     if situation.wish("small") or situation.wish("cheap"):
         return float(size["ceiling_small"])
     if situation.wish("low_latency"):
@@ -118,7 +122,10 @@ def _weigh_facts(
         year, _, month = facts.released.partition("-")
         age = int(year) + (int(month or 1) - 1) / 12 - EPOCH_YEAR
         scale.add(rules["newer_per_year"] * age, f"released {facts.released}")
-    strong = [word for word in facts.strengths if word in situation.goal.tasks or word == situation.task_kind]
+    wanted = {*situation.goal.tasks, situation.task_kind}
+    if len(situation.languages) > 1:
+        wanted.add("multilingual")
+    strong = [word for word in facts.strengths if word in wanted]
     if strong:
         scale.add(rules["strength"], f"good at {', '.join(sorted(strong))}")
     known = {code.lower() for code in spec.languages}
@@ -145,6 +152,8 @@ def weigh_substitute(
         -rules["nearness_per_doubling"] * distance,
         f"{format_count(spec.parameters)} parameters beside {format_count(asked.parameters)}",
     )
+    if base_twin(spec.id, asked.id):
+        scale.add(rules["twin"], "the instruct twin of the one asked for")
     if maker(spec.id) == maker(asked.id):
         scale.add(rules["same_maker"], "of the same maker as the one asked for")
     _weigh_facts(scale, spec, situation, knowledge.models.get(spec.id), rules)
@@ -156,6 +165,8 @@ def maker(model_id: str) -> str:
     return model_id.split("/", 1)[0].lower() if "/" in model_id else ""
 
 
-def prefers_base(situation: Situation, chain: tuple[str, ...]) -> bool:
-    """True when a base model is the better start: reading on, without a preference stage on top."""
-    return chain[:1] == ("cpt",) and not set(chain) & PREFERENCE
+def prefers_base(situation: Situation, knowledge: Knowledge) -> bool:
+    """True when there is so much text to read on that a base model is the better start."""
+    if not situation.texts:
+        return False
+    return megabytes_of(situation.texts) >= float(rule(knowledge, "data", "text_volume")["mixed_below_mb"])
