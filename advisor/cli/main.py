@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from typing import Any
 
@@ -15,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from advisor import __version__
-from advisor.errors import AdvisorError
+from advisor.errors import AdvisorError, MissingPackageError
 
 COMMANDS = {
     "demo": "The whole way on the embedded model: plan, train, export, verify, chat.",
@@ -32,6 +33,14 @@ COMMANDS = {
     "doctor": "Check that everything needed is installed and works.",
     "runs": "List the run folders below a folder, or show one.",
 }
+
+EXTRA_OF = {
+    **dict.fromkeys(
+        ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"), "train"
+    ),
+    **dict.fromkeys(("gguf", "llama_cpp", "numpy", "safetensors"), "gguf"),
+}
+"""Package -> the extra that brings it."""
 
 
 class LazyGroup(TyperGroup):
@@ -71,6 +80,7 @@ app = typer.Typer(
     cls=LazyGroup,
     add_completion=False,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="From your GPU and your data to a verified model file that runs offline.",
     epilog="Start with `ftadvisor demo` or `ftadvisor wizard`. Exit codes: 0 done, 1 failed, 2 usage, "
     "3 refused (does not fit, or must not be done as asked), 130 interrupted. "
@@ -130,6 +140,27 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _report("Interrupted.", "", "interrupted", as_json=as_json)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
+        if debug or extra is None:
+            raise
+        missing = MissingPackageError(error.name or "", extra)
+        _report(missing.message, missing.remedy, missing.code, as_json=as_json)
+        return missing.exit_status
+    except Exception as error:  # noqa: BLE001 - the outermost boundary: no traceback reaches a person
+        if debug:
+            raise
+        message = f"Something unexpected happened ({type(error).__name__}: {error})."
+        _report(
+            message,
+            "This is a fault of ftadvisor; the same command with --debug shows where.",
+            "internal",
+            as_json=as_json,
+        )
+        return 1
     return outcome if isinstance(outcome, int) else 0
 
 
