@@ -192,7 +192,7 @@ def _show(answer: DemoAnswer) -> None:
         render.side_by_side(rows),
         f"In the brand voice ({answer.rule})",
         f"  held-out prompts: {answer.voice_before:.0%} before, {answer.voice_after:.0%} after (measured)",
-        f"General prompts right: {answer.general_before:.0%} before, {answer.general_after:.0%} after (measured)",
+        f"  general prompts: {answer.general_before:.0%} right before, {answer.general_after:.0%} after",
         "Time: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in answer.seconds.items()),
         f"Next: ftadvisor chat {answer.gguf}",
         f"      open {answer.folder}/report.html in a browser",

@@ -150,7 +150,7 @@ def run(arguments: list[str]) -> int:
         missing = MissingPackageError(error.name or "", extra)
         _report(missing.message, missing.remedy, missing.code, as_json=as_json)
         return missing.exit_status
-    except Exception as error:  # noqa: BLE001 - the outermost boundary: no traceback reaches a person
+    except Exception as error:  # the outermost boundary: no traceback reaches a person
         if debug:
             raise
         message = f"Something unexpected happened ({type(error).__name__}: {error})."

@@ -257,7 +257,8 @@ def candidates(items: Sequence[Candidate], *, expert: bool = False, best: int = 
     shown = kept if expert else kept[:best]
     for item in [*shown, *(rejected if expert else _one_per_method(rejected, shown))]:
         memory = format_bytes(item.peak_bytes.high) if item.peak_bytes else ""
-        way = " ".join(filter(None, [item.method, "+".join(item.objectives), item.model.rsplit("/", 1)[-1]]))
+        words = [item.method, "+".join(item.objectives), item.model.rsplit("/", 1)[-1]]
+        way = " ".join(dict.fromkeys(filter(None, words)))
         table.add_row(
             _mark(item.verdict), way, memory, "; ".join(item.reasons if expert else item.reasons[:2])
         )
