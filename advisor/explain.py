@@ -240,11 +240,9 @@ def _in_general(message: str) -> str:
 
 
 def _failure(key: str, entry: Failure, knowledge: Knowledge) -> Explanation:
-    causes = [("cause", cause) for cause in entry.causes]
-    remedies = [("remedy", remedy) for remedy in entry.remedies]
     plain = f"Likely because {' or '.join(entry.causes)}."
-    exact = "Try in this order: " + "; ".join(entry.remedies) + "."
-    return _written(entry.signature, plain, exact, [*causes, *remedies], (), entry, knowledge)
+    remedies = [(f"try {number}", remedy) for number, remedy in enumerate(entry.remedies, 1)]
+    return _written(entry.signature, plain, "", remedies, (), entry, knowledge)
 
 
 def _model(key: str, entry: ModelFacts, knowledge: Knowledge) -> Explanation:
