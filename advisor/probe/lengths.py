@@ -1,7 +1,7 @@
 """How long are the rows in tokens, and how many of them are answers: counted on a sample.
 
-Goes in: sampled conversations, the model's tokenizer and template. Comes out: `Lengths`. Without a tokenizer they
-are estimated from bytes, and say so. Never does: load transformers; count all rows.
+Goes in: sampled conversations, the model's tokenizer and template. Comes out: `Lengths`. Without a tokenizer
+they are estimated from bytes, and say so. Never does: load transformers; count all rows.
 """
 
 from __future__ import annotations

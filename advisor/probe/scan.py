@@ -68,6 +68,8 @@ class Scan:
         self.duplicates, self.identical, self.mojibake = Tally(), Tally(), Tally()
         self.long_rows, self.consecutive = Tally(), Tally()
         self._limits = rules["limits"]
+        self._most_characters: int = self._limits["long_row_characters"]
+        self._most_hashes: int = self._limits["duplicate_rows"]
         self._patterns = [(p["sign"], re.compile(p["pattern"])) for p in rules["placeholders"]]
         self._severities: list[Severity] = [p["severity"] for p in rules["placeholders"]]
         marks = rules["templates"]
@@ -90,8 +92,8 @@ class Scan:
         texts = texts_of(said)
         blob = "\0".join(texts)
         self._look(number, blob, texts)
-        if len(self._seen) < self._limits["duplicate_rows"]:
-            known = len(self._seen)
+        known = len(self._seen)
+        if known < self._most_hashes:
             self._seen.add(hash(blob))
             if len(self._seen) == known:
                 self.duplicates.add(number)
@@ -109,7 +111,7 @@ class Scan:
                 if sign in blob and (match := pattern.search(blob)):
                     tally.add(number, match.group())
             brackets = "<" in blob or "[" in blob
-        if brackets or "###" in blob:
+        if brackets or "#" in blob:
             for name, marks in self._marks:
                 for mark in marks:
                     if mark in blob:
@@ -117,7 +119,7 @@ class Scan:
                         break
         if not blob.isascii() and any(mark in blob for mark in self._mojibake):
             self.mojibake.add(number)
-        if len(blob) > self._limits["long_row_characters"]:
+        if len(blob) > self._most_characters:
             self.long_rows.add(number)
         if len(texts) > 1 and texts[-1] == texts[-2]:
             self.identical.add(number)
@@ -252,7 +254,7 @@ class Scan:
             yield Finding(
                 code="few_rows",
                 severity="info",
-                message=f"Only {self.rows} rows: enough to try the way, rarely enough to change a model well.",
+                message=f"Only {_rows(self.rows)}: enough to try the way, rarely enough to change a model.",
                 remedy="Collect more, or try a prompt with examples first.",
             )
 
