@@ -1,7 +1,8 @@
 """What does the person want, where must the model run, and what must not happen?
 
-Goes in: a Goal in free words and the synonyms of kb/rules/goals.toml and deploy.toml. Comes out: UnderstoodGoal,
-with the phrase that led to each reading, to be echoed and corrected. Never does: guess in silence.
+Goes in: a Goal in free words and the synonyms of kb/rules/goals.toml and deploy.toml. Comes out:
+UnderstoodGoal, with the phrase that led to each reading, to be echoed and corrected. Never does: guess in
+silence.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The file that a training program runs: all settings of one stage, for a person to read, edit and run again.
 
-Goes in: a Plan, or the bytes of a recipe file. Comes out: Recipe records, or byte-stable YAML. Checks a recipe against
-the keys that its program accepts. Never does: read or write files; choose a setting.
+Goes in: a Plan, or the bytes of a recipe file. Comes out: Recipe records, or byte-stable YAML. Checks a
+recipe against the keys that its program accepts. Never does: read or write files; choose a setting.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from advisor.types import (
 )
 
 HEADER = """\
-# A training recipe of ftadvisor: stage {stage}, {objective} with {tuner}. The reason of every setting is in plan.json.
+# A training recipe of ftadvisor: program {program}, {objective} with {tuner}.
+# The reason of every setting is in plan.json beside it.
 # Edit the settings and run it again: ftadvisor run FOLDER
 """
 KINDS: dict[str, tuple[type, ...]] = {
@@ -66,8 +67,8 @@ def _dataset(profile: DatasetProfile) -> RecipeDataset:
 
 
 def encode(recipe: Recipe) -> bytes:
-    """Return a recipe as YAML below a comment that says what it is; the same recipe always gives the same bytes."""
-    head = HEADER.format(stage=recipe.program, objective=recipe.objective, tuner=recipe.tuner)
+    """Return a recipe as YAML below a comment that says what it is; byte-stable."""
+    head = HEADER.format(program=recipe.program, objective=recipe.objective, tuner=recipe.tuner)
     return head.encode() + encode_yaml(recipe)
 
 

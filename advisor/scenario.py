@@ -155,7 +155,7 @@ def _decode(data: object, kind: type[T], where: str) -> T:
 
 
 def _check_keys(data: object, kind: Any, where: str) -> None:
-    """Name an unknown key and its nearest valid ones, before the decoder would only say that it is unknown."""
+    """Name an unknown key and its nearest valid ones; the decoder would only say that it is unknown."""
     if not isinstance(data, Mapping):
         raise UsageError(
             f"The {where} must be a table of key: value, not {type(data).__name__}.",
@@ -324,7 +324,7 @@ def _accelerator_key(name: str, memory_gib: float | None, knowledge: Knowledge) 
 
 
 def spec_for(text: str, knowledge: Knowledge) -> ModelSpec | None:
-    """Return the spec of a model that kb/ knows, by id, by name without its organisation, or by its base twin."""
+    """Return the spec of a model that kb/ knows by its id, its name alone, its base twin or its words."""
     return name_model(text, knowledge).spec
 
 
@@ -399,7 +399,7 @@ def _unquantised(asked: str, marks: Iterable[str]) -> str:
 
 
 def _guessed(asked: str, knowledge: Knowledge) -> ModelSpec | None:
-    """A hub id that kb/ does not know, by the size in its name: the nearest dense model with as many layers more."""
+    """A hub id that kb/ does not know, by the size in its name: the nearest dense model with more layers."""
     found = re.search(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*([bm])(?![a-z0-9])", asked.lower())
     if not found:
         return None
@@ -413,8 +413,8 @@ def _guessed(asked: str, knowledge: Knowledge) -> ModelSpec | None:
     words = re.split(r"[^a-z]+", asked.lower())
     return msgspec.structs.replace(
         like, id=asked, shape=msgspec.structs.replace(like.shape, layers=layers), parameters=round(size),
-        instruct=bool({"instruct", "it", "chat"} & set(words)), licence=None, commercial=None, licence_note="",
-        gated=False, languages=(), source="judgement", verified=False,
+        instruct=bool({"instruct", "it", "chat"} & set(words)), licence=None, commercial=None,
+        licence_note="", gated=False, languages=(), source="judgement", verified=False,
     )  # fmt: skip
 
 

@@ -48,18 +48,19 @@ def make_plan(scenario: Scenario, knowledge: Knowledge) -> Plan:
     option = advice.chosen if advice.decision.instead is None else None
     spec = option.proposal.spec if option else _spec_without_training(advice)
     stages, strange, over = _stages(advice, option, knowledge)
+    export = _export(advice, option, spec, knowledge)
     case = Case(
-        advice=advice, option=option, spec=spec, stages=stages, export=_export(advice, option, spec, knowledge),
-        strange_overrides=strange, over_memory=over,
+        advice=advice, option=option, spec=spec, stages=stages, export=export, strange_overrides=strange,
+        over_memory=over,
     )  # fmt: skip
-    verdict = _verdict(case, knowledge)
+    verdict, situation = _verdict(case, knowledge), advice.situation
     return Plan(
-        verdict=verdict, method=_method(advice, option), task_kind=advice.situation.task_kind, stages=stages,
+        verdict=verdict, method=_method(advice, option), task_kind=situation.task_kind, stages=stages,
         model=_plan_model(spec), parallel=option.fit.layout.parallel if option and option.fit else "none",
         export=case.export, warnings=warnings_of(case, knowledge), alternatives=alternatives(case, knowledge),
-        candidates=candidates_of(advice), summary=summary(case, verdict, knowledge),
-        assumptions=assumptions(case, knowledge), hardware=scenario.hardware, datasets=advice.situation.train + advice.situation.earlier,
-        goal=scenario.goal,
+        candidates=candidates_of(advice, knowledge), summary=summary(case, verdict, knowledge),
+        assumptions=assumptions(case, knowledge), hardware=scenario.hardware,
+        datasets=situation.train + situation.earlier, goal=scenario.goal,
     )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def _method(advice: Advice, option: Option | None) -> str:
 
 
 def _spec_without_training(advice: Advice) -> ModelSpec | None:
-    """The model to use where nothing is trained: the one asked for, else the one that would have been chosen."""
+    """The model to use where nothing is trained: the one asked for, else the one that would be chosen."""
     if advice.situation.spec is not None and advice.model_refused is None:
         return advice.situation.spec
     return advice.chosen.proposal.spec if advice.chosen else advice.situation.spec

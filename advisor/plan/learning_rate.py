@@ -47,8 +47,7 @@ def learning_rate(
 def rate_facts(objective: Objective, group: str, knowledge: Knowledge) -> LearningRate:
     """The sourced rate of an objective for a tuner group; LoRA's where the group has none of its own."""
     rates = knowledge.objectives[objective].learning_rate
-    found = rates.get(group) or rates.get("lora") or next(iter(rates.values()))
-    return found
+    return rates.get(group) or rates.get("lora") or next(iter(rates.values()))
 
 
 def _sft(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> tuple[float, str, str]:

@@ -1,7 +1,8 @@
 """Puts the person's own settings (`--set key=value`) over the advised ones, says so, and checks what they do.
 
-Goes in: the settings of a stage and the overrides. Comes out: the settings obeyed, with the reason "set by you", and
-words about values outside the range of the sources. Never does: refuse a value that is merely unusual.
+Goes in: the settings of a stage and the overrides. Comes out: the settings obeyed, with the reason "set
+by you", and words about values outside the range of the sources. Never does: refuse a value that is
+merely unusual.
 """
 
 from __future__ import annotations

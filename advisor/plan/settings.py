@@ -12,6 +12,7 @@ from advisor.recommend import Advice, Option
 from advisor.recommend.amount import batch_for, epochs_for, stage_time
 from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
 from advisor.recommend.fit import Fit, StageFit, datasets_of
+from advisor.recommend.reasons import because
 from advisor.recommend.situation import Situation, rows_of, rule, unequal_ratio
 from advisor.types import TimeEstimate, Value, Why
 from advisor.units import format_bytes
@@ -20,7 +21,8 @@ from advisor.units import format_bytes
 class Sheet:
     """Settings under construction: a value never comes without its reason and source."""
 
-    def __init__(self) -> None:
+    def __init__(self, knowledge: Knowledge) -> None:
+        self.knowledge = knowledge
         self.settings: dict[str, Value] = {}
         self.why: dict[str, Why] = {}
 
@@ -29,16 +31,21 @@ class Sheet:
         self.settings[name] = value
         self.why[name] = Why(reason=reason, source=source)
 
+    def say(self, name: str, key: str, /, *, value: Value, **figures: object) -> None:
+        """Add or replace one setting with a sentence of kb/rules/reasons.toml."""
+        why = because(self.knowledge, "setting", key, **figures)
+        self.put(name, value, why.reason, why.source)
+
 
 def stage_sheet(
     stage: StageFit, option: Option, advice: Advice, fit: Fit, knowledge: Knowledge
 ) -> tuple[Sheet, TimeEstimate]:
     """Return all settings of one stage, and how long it takes with them."""
-    sheet = Sheet()
-    _pace(sheet, stage, option, advice, knowledge)
+    sheet = Sheet(knowledge)
+    _pace(sheet, stage, option, fit, advice, knowledge)
     _length(sheet, stage)
-    _optimiser(sheet, stage, advice, knowledge)
-    _machine(sheet, stage, option, fit, advice, knowledge)
+    _optimiser(sheet, stage, option, advice, knowledge)
+    _machine(sheet, stage, option, fit, advice)
     _loss(sheet, stage, option)
     _tuner(sheet, stage, option, advice, knowledge)
     _objective(sheet, stage, advice, knowledge)
@@ -56,59 +63,44 @@ def _number(sheet: Sheet, name: str) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _pace(sheet: Sheet, stage: StageFit, option: Option, advice: Advice, knowledge: Knowledge) -> None:
+def _pace(
+    sheet: Sheet, stage: StageFit, option: Option, fit: Fit, advice: Advice, knowledge: Knowledge
+) -> None:
     situation, proposal = advice.situation, option.proposal
-    rate, why, source = learning_rate(stage.objective, proposal, situation, knowledge)
-    sheet.put("learning_rate", rate, why, source)
+    sheet.put("learning_rate", *learning_rate(stage.objective, proposal, situation, knowledge))
     epochs, why = epochs_for(stage.objective, proposal, situation, knowledge)
     sheet.put("epochs", epochs, why, rule(knowledge, "settings", "epochs")["source"])
-    sheet.put("max_steps", -1, "the number of steps follows from rows, epochs and batch", "judgement")
+    sheet.say("max_steps", "max_steps", value=-1)
     micro, effective, why, source = batch_for(stage.objective, proposal, stage, situation, knowledge)
-    high, free = stage.estimate.peak_bytes.high, situation.machine.free_bytes
-    reason = (
-        f"at most {format_bytes(high)} of {format_bytes(free)} at {stage.settings.seq_len:,} tokens; "
-        "rows enough to keep the device busy, no more"
-    )
-    sheet.put("micro_batch", micro, reason, "performance-lab")
+    sheet.say(
+        "micro_batch", "micro_batch_offload" if fit.layout.offload else "micro_batch", value=micro,
+        peak=format_bytes(stage.estimate.peak_bytes.high), free=format_bytes(situation.machine.free_bytes),
+        tokens=f"{stage.settings.seq_len:,}",
+    )  # fmt: skip
     sheet.put("effective_batch", effective, why, source)
 
 
 def _length(sheet: Sheet, stage: StageFit) -> None:
+    key = "max_seq_len_shortened" if stage.shortened else "max_seq_len"
     length = stage.settings.seq_len - stage.completion_tokens
-    reason = stage.lengths.said
-    if stage.shortened:
-        reason += "; shortened so that it fits the memory"
-    sheet.put("max_seq_len", length, reason, "judgement")
+    sheet.say("max_seq_len", key, value=length, said=stage.lengths.said)
 
 
-def _optimiser(sheet: Sheet, stage: StageFit, advice: Advice, knowledge: Knowledge) -> None:
+def _optimiser(sheet: Sheet, stage: StageFit, option: Option, advice: Advice, knowledge: Knowledge) -> None:
     warmup, rules = rule(knowledge, "settings", "warmup"), rule(knowledge, "settings", "regularisation")
-    later = stage.objective in PREFERENCE
+    later, online = stage.objective in PREFERENCE, stage.objective in REINFORCEMENT
     share = warmup["preference"] if later else warmup["default"]
-    sheet.put(
-        "warmup_ratio", share, f"the rate rises over the first {share:.0%} of the steps", warmup["source"]
-    )
-    if stage.objective in REINFORCEMENT:
-        sheet.put("scheduler", "constant", "rewards keep moving, so the rate stays", "trl-peft-guide")
-    elif later:
-        sheet.put("scheduler", "linear", "falls evenly to zero", "alignment-handbook")
-    else:
-        sheet.put("scheduler", "cosine", "falls smoothly to zero", "llama-factory-examples")
-    small = _small(stage, advice, knowledge)
-    decay = rules["weight_decay_small_data"] if small else rules["weight_decay"]
-    reason = "a little, against learning few rows by heart" if small else "most published recipes use none"
-    sheet.put("weight_decay", decay, reason, rules["source"])
-    fp16 = stage.settings.precision == "fp16"
-    norm = rules["max_grad_norm_fp16"] if fp16 else rules["max_grad_norm"]
-    reason = "strict, because fp16 overflows easily" if fp16 else "cuts off rare large gradients"
-    sheet.put("max_grad_norm", norm, reason, "qlora-repo" if fp16 else rules["source"])
-    light = stage.settings.optimizer != "adamw_torch"
-    reason = (
-        "its moments take a byte each, so that it fits"
-        if light
-        else "the reference; adapters leave it little to store"
-    )
-    sheet.put("optimizer", stage.settings.optimizer, reason, "performance-lab")
+    key = "warmup_ratio_preference" if later else "warmup_ratio"
+    sheet.say("warmup_ratio", key, value=share, share=f"{share:.0%}")
+    scheduler = "constant" if online else "linear" if later else "cosine"
+    sheet.say("scheduler", f"scheduler_{scheduler}", value=scheduler)
+    key = "weight_decay_small" if _small(stage, advice, knowledge) else "weight_decay"
+    sheet.say("weight_decay", key, value=rules[f"{key}_data" if key.endswith("small") else key])
+    key = "max_grad_norm_fp16" if stage.settings.precision == "fp16" else "max_grad_norm"
+    sheet.say("max_grad_norm", key, value=rules[key])
+    key = "optimizer" if option.proposal.facts.group != "full" else "optimizer_full"
+    key = "optimizer_light" if stage.settings.optimizer != "adamw_torch" else key
+    sheet.say("optimizer", key, value=stage.settings.optimizer)
 
 
 def _small(stage: StageFit, advice: Advice, knowledge: Knowledge) -> bool:
@@ -116,66 +108,30 @@ def _small(stage: StageFit, advice: Advice, knowledge: Knowledge) -> bool:
     return stage.objective == "sft" and rows < rule(knowledge, "data", "rows")["small_below"]
 
 
-def _machine(
-    sheet: Sheet, stage: StageFit, option: Option, fit: Fit, advice: Advice, knowledge: Knowledge
-) -> None:
-    settings, machine = stage.settings, advice.situation.machine
-    reasons = {
-        "bf16": f"{machine.name} computes in bf16: half the memory, no overflow",
-        "fp16": f"{machine.name} has no bf16, so fp16 with loss scaling",
-        "fp32": f"{machine.name} has no usable 16-bit format for this model",
-    }
-    sheet.put("precision", settings.precision, reasons[settings.precision], "axolotl-platforms")
-    bits = {
-        4: "the frozen weights are stored in 4 bits (NF4) so that they fit",
-        16: "16 bits hold what the model was published in",
-        32: "trained weights are kept in 32 bits, so that small updates are not lost",
-    }
-    reason = bits.get(settings.weight_bits, "as the method needs")
-    sheet.put(
-        "weight_bits",
-        settings.weight_bits,
-        reason,
-        "qlora-repo" if settings.weight_bits == 4 else "method-lab",
-    )
+def _machine(sheet: Sheet, stage: StageFit, option: Option, fit: Fit, advice: Advice) -> None:
+    settings, facts = stage.settings, option.proposal.facts
+    device = advice.situation.machine.name
+    sheet.say("precision", f"precision_{settings.precision}", value=settings.precision, device=device)
+    sheet.say("weight_bits", f"weight_bits_{settings.weight_bits}", value=settings.weight_bits)
     if settings.weight_bits == 4:
-        sheet.put("double_quant", True, "saves another 0.4 bits a weight at no loss", "qlora-repo")
-    if settings.gradient_checkpointing:
-        reason = "recomputes activations instead of storing them: about 30% slower, far less memory"
-    elif not option.proposal.facts.gradient_checkpointing:
-        reason = "this method does not work with it"
-    else:
-        reason = "everything fits without recomputing, which is faster"
-    sheet.put("gradient_checkpointing", settings.gradient_checkpointing, reason, "axolotl-stability")
-    if settings.packed:
-        reason = "short rows are joined, so that no computation goes into padding"
-    elif not option.proposal.facts.packing:
-        reason = "this method gives wrong results with packed rows"
-    else:
-        reason = "packing needs a variable-length attention kernel; without one rows would see each other"
-    sheet.put("packing", settings.packed, reason, "method-lab")
-    sheet.put(
-        "attention",
-        settings.attention,
-        "part of PyTorch, picks the fastest kernel of the device",
-        "performance-lab",
-    )
+        sheet.say("double_quant", "double_quant", value=True)
+    on = settings.gradient_checkpointing
+    key = "on" if on else "off" if facts.gradient_checkpointing else "never"
+    sheet.say("gradient_checkpointing", f"gradient_checkpointing_{key}", value=on)
+    key = "on" if settings.packed else "off" if facts.packing else "never"
+    sheet.say("packing", f"packing_{key}", value=settings.packed)
+    sheet.say("attention", "attention", value=settings.attention)
     if fit.layout.offload:
-        sheet.put("cpu_offload", True, "optimiser states wait in the host's memory", "fsdp-qlora")
+        sheet.say("cpu_offload", "cpu_offload", value=True)
 
 
 def _loss(sheet: Sheet, stage: StageFit, option: Option) -> None:
     if option.proposal.tuner == "classifier_head":
         return
-    sheet.put(
-        "loss", stage.settings.loss, "the logits of all tokens are never held at once", "performance-lab"
-    )
-    if stage.objective == "cpt":
-        sheet.put("loss_on", "all", "plain text has no question to leave out", "wshobson-agents")
-    elif stage.objective == "sft":
-        sheet.put(
-            "loss_on", "assistant", "the model shall learn the answers, not the questions", "trl-sft-docs"
-        )
+    sheet.say("loss", f"loss_{stage.settings.loss}", value=stage.settings.loss)
+    if stage.objective in ("cpt", "sft"):
+        on = "all" if stage.objective == "cpt" else "assistant"
+        sheet.say("loss_on", f"loss_on_{on}", value=on)
 
 
 def _tuner(sheet: Sheet, stage: StageFit, option: Option, advice: Advice, knowledge: Knowledge) -> None:
@@ -183,127 +139,90 @@ def _tuner(sheet: Sheet, stage: StageFit, option: Option, advice: Advice, knowle
     for name, value in facts.settings.items():
         if name in ("double_quant", "lora_r", "lora_alpha", "use_rslora", "lora_dropout"):
             continue
-        reason = (
-            "every linear layer: adapters on attention alone learn less"
-            if name == "target" and value == "all-linear"
-            else f"usual for {facts.title}"
-        )
-        sheet.put(name, value, reason, "lora-without-regret" if facts.group == "lora" else facts.source)
+        if value == "all-linear":
+            sheet.say(name, "all_linear", value=value)
+        else:
+            sheet.say(name, "tuner_usual", value=value, title=facts.title)
     if not stage.rank:
         return
     rules = rule(knowledge, "settings", "rank")
-    sheet.put("lora_r", stage.rank, _rank_reason(stage, advice), rules["source"])
-    alpha = round(stage.rank * rules["alpha_over_rank"])
-    sheet.put("lora_alpha", alpha, f"{rules['alpha_over_rank']:.0f} times the rank", "torchtune-readme")
+    rows = rows_of(datasets_of(stage.objective, advice.situation))
+    sheet.say("lora_r", _rank_key(stage, advice), value=stage.rank, rows=f"{rows:,}")
+    factor = rules["alpha_over_rank"]
+    sheet.say("lora_alpha", "lora_alpha", value=round(stage.rank * factor), factor=f"{factor:g}")
     if facts.group != "lora":
         return
-    dropout = rule(knowledge, "settings", "dropout")
-    small = _small(stage, advice, knowledge)
-    value = dropout["small_data"] if small else dropout["default"]
-    reason = "a little, against learning few rows by heart" if small else "not needed with enough rows"
-    sheet.put("lora_dropout", value, reason, dropout["source"])
+    dropout, small = rule(knowledge, "settings", "dropout"), _small(stage, advice, knowledge)
+    key = "lora_dropout_small" if small else "lora_dropout"
+    sheet.say("lora_dropout", key, value=dropout["small_data" if small else "default"])
     stable = stage.rank >= rules["rslora_from"]
-    reason = (
-        "keeps high ranks from learning too slowly (+3.9 points at rank 64)"
-        if stable
-        else "only matters from rank 64 on"
-    )
-    sheet.put("use_rslora", stable, reason, "peft-benchmark")
+    key = "use_rslora_on" if stable else "use_rslora_off"
+    sheet.say("use_rslora", key, value=stable, rank=rules["rslora_from"])
 
 
-def _rank_reason(stage: StageFit, advice: Advice) -> str:
-    rows = rows_of(datasets_of(stage.objective, advice.situation))
+def _rank_key(stage: StageFit, advice: Advice) -> str:
     if advice.situation.scenario.goal.storage_per_task_kb is not None:
-        return "the largest that the storage for a task allows"
+        return "lora_r_storage"
     if stage.objective in REINFORCEMENT:
-        return "reinforcement tells the model little per answer; small ranks suffice"
-    if stage.objective == "cpt":
-        return "reading on needs room for what is new"
-    return f"room enough for {rows:,} rows; the learning rate matters more than the rank"
+        return "lora_r_reinforcement"
+    return "lora_r_pretraining" if stage.objective == "cpt" else "lora_r"
 
 
 def _objective(sheet: Sheet, stage: StageFit, advice: Advice, knowledge: Knowledge) -> None:
-    facts = knowledge.objectives[stage.objective]
+    facts, pairs = knowledge.objectives[stage.objective], advice.situation.pairs
     for name, value in facts.settings.items():
         if name not in ("loss_on", "packing", "max_completion_length", "per_step_batch"):
             sheet.put(name, value, f"the usual value for {facts.title}", facts.source)
     if stage.completion_tokens:
-        reason = "room for an answer with its working; longer ones are cut and earn nothing"
-        sheet.put("max_completion_length", stage.completion_tokens, reason, facts.source)
+        sheet.say("max_completion_length", "max_completion_length", value=stage.completion_tokens)
     if stage.objective == "kto":
         _thumbs(sheet, stage, advice)
     similar = rule(knowledge, "data", "defects")["similarity_warn"]
-    if stage.objective == "dpo" and any((d.pair_similarity or 0) >= similar for d in advice.situation.pairs):
+    if stage.objective == "dpo" and any((d.pair_similarity or 0) >= similar for d in pairs):
         labels = rule(knowledge, "settings", "labels")
-        reason = "the pairs hardly differ: a share of SFT loss keeps the better answer likely"
-        sheet.put("sft_loss_weight", labels["sft_loss_weight"], reason, labels["source"])
-        reason = "a stronger tie to the start, because the pairs hardly differ"
-        sheet.put("beta", labels["similar_beta"], reason, labels["source"])
+        sheet.say("sft_loss_weight", "sft_loss_weight", value=labels["sft_loss_weight"])
+        sheet.say("beta", "beta_similar", value=labels["similar_beta"])
 
 
 def _thumbs(sheet: Sheet, stage: StageFit, advice: Advice) -> None:
-    reason = "the KL estimate needs several rows in each device batch"
-    sheet.put("per_step_batch", stage.settings.micro_batch, reason, "trl-kto-docs")
+    sheet.say("per_step_batch", "per_step_batch", value=stage.settings.micro_batch)
     shares = [d.positive_fraction for d in advice.situation.unpaired if d.positive_fraction is not None]
-    share = sum(shares) / len(shares) if shares else 0.5
-    weight = round(min(max(share, 0.01), 0.99) / (1 - min(max(share, 0.01), 0.99)), 2)
-    reason = f"{share:.0%} of the labels are positive; the weight makes both sides count alike"
-    sheet.put("undesirable_over_desirable_weight", weight, reason, "trl-kto-docs")
+    share = min(max(sum(shares) / len(shares) if shares else 0.5, 0.01), 0.99)
+    name = "undesirable_over_desirable_weight"
+    sheet.say(name, name, value=round(share / (1 - share), 2), share=f"{share:.0%}")
 
 
 def _mixture(sheet: Sheet, stage: StageFit, advice: Advice, knowledge: Knowledge) -> None:
     situation = advice.situation
-    share, reason, source = replay(stage.objective, situation, knowledge)
+    share, key = replay(stage.objective, situation, knowledge)
     if share:
-        sheet.put("replay_fraction", share, reason, source)
+        sheet.say("replay_fraction", key, value=share, share=f"{share:.0%}")
     if stage.objective == "sft" and situation.tasks > 1:
         rules = rule(knowledge, "data", "mixture")
         if unequal_ratio(situation) >= rules["unequal_ratio"]:
-            reason = (
-                "tasks count by their size up to this many rows, so that large ones do not drown small ones"
-            )
-            sheet.put("mixing_cap", rules["cap_rows"], reason, rules["source"])
-        sheet.put(
-            "mixing_temperature",
-            rules["temperature"],
-            "small tasks are seen more often than their share",
-            "t5-mixing",
-        )
+            sheet.say("mixing_cap", "mixing_cap", value=rules["cap_rows"])
+        sheet.say("mixing_temperature", "mixing_temperature", value=rules["temperature"])
     if situation.tenants > 1:
-        sheet.put(
-            "same_rank_for_all", True, "adapters of one rank can be served together on one base", "vllm-docs"
-        )
+        sheet.say("same_rank_for_all", "same_rank_for_all", value=True)
     if stage.objective == "cpt" and stage.rank and new_language(situation, knowledge):
-        rules = rule(knowledge, "settings", "embeddings")
-        rate = _number(sheet, "learning_rate") * rules["learning_rate_factor"]
-        sheet.put("train_embeddings", True, "words of a new language need new vectors", rules["source"])
-        sheet.put(
-            "embedding_learning_rate",
-            float(f"{rate:.2g}"),
-            "a tenth of the rate of the rest",
-            rules["source"],
-        )
+        factor = rule(knowledge, "settings", "embeddings")["learning_rate_factor"]
+        rate = float(f"{_number(sheet, 'learning_rate') * factor:.2g}")
+        sheet.say("train_embeddings", "train_embeddings", value=True)
+        sheet.say("embedding_learning_rate", "embedding_learning_rate", value=rate)
 
 
-def replay(objective: str, situation: Situation, knowledge: Knowledge) -> tuple[float, str, str]:
-    """(share of old or general data to mix in, why, source); 0 when none is needed."""
+def replay(objective: str, situation: Situation, knowledge: Knowledge) -> tuple[float, str]:
+    """(share of old or general data to mix in, key of its reason); 0 when none is needed."""
     rules = rule(knowledge, "data", "replay")
     if objective == "cpt":
-        if new_language(situation, knowledge):
-            return rules["new_language"], "a new language shifts the model strongly", "ibrahim-2024"
-        return rules["same_language"], "a little general text holds what was known", "ibrahim-2024"
-    if objective != "sft":
-        return 0.0, "", ""
-    if situation.earlier:
-        share = rules["earlier_task"]
-        return (
-            share,
-            f"{share:.0%} of rows from every earlier task kept them at 99% in our runs",
-            rules["source"],
-        )
-    if situation.wish("must_not_forget"):
-        return rules["general"], "general data mixed in, because nothing may be forgotten", "wshobson-agents"
-    return 0.0, "", ""
+        key = "new_language" if new_language(situation, knowledge) else "same_language"
+    elif objective == "sft" and situation.earlier:
+        key = "earlier_task"
+    elif objective == "sft" and situation.wish("must_not_forget"):
+        key = "general"
+    else:
+        return 0.0, ""
+    return float(rules[key]), f"replay_{key}"
 
 
 def new_language(situation: Situation, knowledge: Knowledge) -> bool:
@@ -316,27 +235,16 @@ def new_language(situation: Situation, knowledge: Knowledge) -> bool:
 def _keeping(sheet: Sheet, stage: StageFit, time: TimeEstimate, advice: Advice, knowledge: Knowledge) -> None:
     rules, points = rule(knowledge, "settings", "heldout"), rule(knowledge, "settings", "checkpoints")
     datasets = datasets_of(stage.objective, advice.situation)
-    rows = rows_of(datasets)
+    rows, share, key = rows_of(datasets), 0.0, "heldout_none"
     if any(d.holdout_rows for d in datasets):
-        sheet.put("heldout_fraction", 0.0, "you keep rows apart already", rules["source"])
-    elif stage.objective in REINFORCEMENT or rows < rules["none_below"]:
-        sheet.put("heldout_fraction", 0.0, "nothing can be spared", rules["source"])
-    else:
+        key = "heldout_own"
+    elif stage.objective not in REINFORCEMENT and rows >= rules["none_below"]:
+        key = "heldout"
         share = rules["fraction_small"] if rows < rules["small_below"] else rules["fraction"]
         share = min(share, round(rules["most_rows"] / max(rows, 1), 4))
-        sheet.put(
-            "heldout_fraction",
-            share,
-            "rows that are not trained on show whether it learned or memorised",
-            rules["source"],
-        )
-    every = max(
-        points["every_at_least"], min(points["every_at_most"], round(time.steps / points["saves_per_run"]))
-    )
-    sheet.put(
-        "save_every_steps",
-        every,
-        f"about {points['saves_per_run']} times in {time.steps:,} steps",
-        points["source"],
-    )
-    sheet.put("keep_checkpoints", points["keep"], "the newest and one to fall back to", points["source"])
+    sheet.say("heldout_fraction", key, value=share)
+    wanted = round(time.steps / points["saves_per_run"])
+    every = max(points["every_at_least"], min(points["every_at_most"], wanted))
+    figures = {"times": points["saves_per_run"], "steps": f"{time.steps:,}"}
+    sheet.say("save_every_steps", "save_every_steps", value=every, **figures)
+    sheet.say("keep_checkpoints", "keep_checkpoints", value=points["keep"])

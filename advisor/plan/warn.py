@@ -1,7 +1,7 @@
 """Which risks must or should the person know, in words, with the way out?
 
-Goes in: a Case and kb/warnings.toml. Comes out: PlanWarning records, the musts first. One small function a code says
-when it applies and with which figures; the texts live in kb. Never does: change the plan.
+Goes in: a Case and kb/warnings.toml. Comes out: PlanWarning records, the musts first. One small function
+a code says when it applies and with which figures; the texts live in kb. Never does: change the plan.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def mixing_cap(case: Case, knowledge: Knowledge) -> Values:
 def replay_mix(case: Case, knowledge: Knowledge) -> Values:
     """Old or general data is mixed in."""
     for stage in case.stages:
-        share, _, _ = replay(stage.objective, case.situation, knowledge)
+        share, _ = replay(stage.objective, case.situation, knowledge)
         if share:
             return {"detail": f"{share:.0%} of the training rows"}
     return {} if case.situation.task_kind == "continual" else None

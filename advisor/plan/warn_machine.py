@@ -66,15 +66,11 @@ def offload_cpu_ram(case: Case, knowledge: Knowledge) -> Values:
     fitted = case.option.fit if case.option else None
     if fitted is None or case.spec is None or fitted.layout.parallel not in ("fsdp", "zero3"):
         return None
-    weights = case.spec.parameters * 2
-    heavy = (
-        weights > limit(knowledge, "choice", "fit", "host_weights_share") * case.situation.machine.ram_bytes
-    )
+    weights, ram = case.spec.parameters * 2, case.situation.machine.ram_bytes
+    heavy = weights > limit(knowledge, "choice", "fit", "host_weights_share") * ram
     if not (fitted.layout.offload or heavy):
         return None
-    return {
-        "detail": f"loading alone passes {format_bytes(weights)} through {format_bytes(case.situation.machine.ram_bytes)}"
-    }
+    return {"detail": f"loading alone passes {format_bytes(weights)} through {format_bytes(ram)}"}
 
 
 def multi_gpu_sharding(case: Case, knowledge: Knowledge) -> Values:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from advisor.knowledge import Knowledge
 from advisor.plan.case import Case
+from advisor.recommend import Option
+from advisor.recommend.reasons import because
 from advisor.recommend.situation import rows_of
 from advisor.types import Alternative, Verdict
 from advisor.units import format_bytes, format_count, format_seconds
@@ -18,14 +20,20 @@ METHODS = {
 }
 
 
+LEADS: dict[Verdict, str] = {
+    "fix_data_first": "Mend the data first, then: ",
+    "change_plan": "Another way than asked: ",
+    "change_model": "Another model than asked: ",
+}
+
+
 def summary(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
     """One paragraph: what, why, cost, risk."""
     parts = [_what(case, verdict, knowledge), _why(case)]
     if case.stages and case.option and case.option.fit:
         high, free = case.option.fit.peak_high, case.situation.machine.free_bytes
-        parts.append(
-            f"It needs at most {format_bytes(high)} of {format_bytes(free)} and about {format_seconds(case.seconds())}."
-        )
+        time = format_seconds(case.seconds())
+        parts.append(f"It needs at most {format_bytes(high)} of {format_bytes(free)} and about {time}.")
     if case.export is not None and case.export.feasible and case.spec is not None:
         parts.append(
             f"The result becomes a {case.export.quant} GGUF of {format_bytes(case.export.file_bytes)}."
@@ -41,9 +49,8 @@ def _what(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
         return "Nothing that was considered fits this machine."
     title = knowledge.tuners[case.tuner].title
     chain = ", then ".join(short_name(o, knowledge) for o in case.objectives)
-    lead = {"fix_data_first": "Mend the data first, then: ", "change_plan": "Another way than asked: ",
-            "change_model": "Another model than asked: ", "dont_train_yet": "Not yet; if you insist: "}  # fmt: skip
-    return f"{lead.get(verdict, '')}{title} with {chain} on {case.spec.id} ({format_count(case.spec.parameters)} parameters)."
+    size = format_count(case.spec.parameters)
+    return f"{LEADS.get(verdict, '')}{title} with {chain} on {case.spec.id} ({size} parameters)."
 
 
 def short_name(objective: str, knowledge: Knowledge) -> str:
@@ -78,90 +85,47 @@ def _why(case: Case) -> str:
 def alternatives(case: Case, knowledge: Knowledge) -> tuple[Alternative, ...]:
     """What else is worth doing, and the cheapest change that would make more possible."""
     found: list[Alternative] = []
-    decision, situation = case.advice.decision, case.situation
+
+    def suggest(code: str, key: str = "", /, **figures: object) -> None:
+        text = because(knowledge, "alternative", key or code, **figures).reason
+        found.append(Alternative(code=code, message=text))
+
+    decision, situation, objectives = case.advice.decision, case.situation, set(case.objectives)
     if decision.instead == "none_rag":
-        found.append(
-            _alternative(
-                "rag", "Put the documents into a retrieval index and let the model answer from what it finds."
-            )
-        )
-        found.append(
-            _alternative(
-                "rag_then_sft_for_style",
-                "Once retrieval works, a few hundred demonstrations of the wanted answers (with the found passages in the prompt) can be trained with LoRA for tone and format.",
-            )
-        )
+        suggest("rag")
+        suggest("rag_then_sft_for_style")
     elif decision.instead == "none_prompting":
-        found.append(
-            _alternative("few_shot", "Put five to ten of the best examples into the prompt and measure.")
-        )
-        found.append(
-            _alternative("collect_data", "Collect at least 50 good examples, better 1,000, and plan again.")
-        )
-    if situation.goal.task == "facts" and decision.instead is None:
-        found.append(_alternative("rag", "For facts that change or must be cited, add retrieval."))
-    if "dpo" in case.objectives:
-        found.append(
-            _alternative("kto", "KTO takes the same data as single labels, if pairs are hard to come by.")
-        )
-    if set(case.objectives) & {"grpo"} or "dpo" in decision.rejected and situation.answered:
-        found.append(
-            _alternative(
-                "rejection_sampling",
-                "Sample several answers, keep the right ones and train on them with SFT: simpler than reinforcement and often close.",
-            )
-        )
-    if "cpt" in case.objectives and "sft" not in case.objectives:
-        found.append(
-            _alternative(
-                "sft_after_cpt",
-                "After reading on, a model answers worse: add demonstrations for an SFT stage.",
-            )
-        )
+        suggest("few_shot")
+        suggest("collect_data")
+    elif situation.goal.task == "facts":
+        suggest("rag", "facts")
+    if "dpo" in objectives:
+        suggest("kto")
+    if "grpo" in objectives:
+        suggest("rejection_sampling")
+    if "cpt" in objectives and "sft" not in objectives:
+        suggest("sft_after_cpt")
+    if situation.wish("must_not_forget") and not situation.earlier and case.stages:
+        suggest("self_generated")
     if situation.machine.vendor == "apple":
-        found.append(
-            _alternative("mlx_qlora", "mlx-lm trains 4-bit LoRA on Apple silicon, where larger models fit.")
-        )
-    found += _in_time(case)
-    found += _what_if(case)
+        suggest("mlx_qlora")
+    allowed, seconds = situation.scenario.goal.max_hours, case.seconds()
+    if allowed is not None and case.stages and seconds > allowed * 3600:
+        suggest("less_data", hours=f"{allowed:g}", share=f"{allowed * 3600 / seconds:.0%}")
+    if better := _next_better(case):
+        option, needed = better
+        names = {"method": option.proposal.tuner, "model": option.proposal.spec.id}
+        suggest("more_memory", memory=format_bytes(needed), **names)
     return tuple(found)
 
 
-def _alternative(code: str, message: str) -> Alternative:
-    return Alternative(code=code, message=message)
-
-
-def _in_time(case: Case) -> list[Alternative]:
-    """How many steps the allowed time holds, where the whole plan takes longer."""
-    allowed, seconds = case.situation.scenario.goal.max_hours, case.seconds()
-    if allowed is None or seconds <= allowed * 3600 or not case.stages:
-        return []
-    share = allowed * 3600 / seconds
-    message = (
-        f"In {allowed:g} hours about {share:.0%} of the planned steps can be done: train on the best {share:.0%} of the "
-        "rows for one pass, take a smaller model, or a faster device."
-    )
-    return [_alternative("less_data", message)]
-
-
-def _what_if(case: Case) -> list[Alternative]:
-    """The smallest memory that would open the next better way."""
-    if case.option is None:
-        better = [o for o in case.advice.options if o.no_fit]
-    else:
-        better = [o for o in case.advice.options if o.no_fit and o.score > case.option.score]
-        asked = case.situation.goal.requested_method
-        better = [o for o in better if o.proposal.tuner == asked] or better
-    if not better:
-        return []
-    nearest = min(better, key=lambda o: o.no_fit.needed_bytes if o.no_fit else 0.0)
-    if nearest.no_fit is None:
-        return []
-    message = (
-        f"With {format_bytes(nearest.no_fit.needed_bytes)} of free memory on the device, {nearest.proposal.tuner} of "
-        f"{nearest.proposal.spec.id} would be possible."
-    )
-    return [_alternative("more_memory", message)]
+def _next_better(case: Case) -> tuple[Option, float] | None:
+    """The better way that lacks the least memory, and what it needs; the method asked for comes first."""
+    score = case.option.score if case.option else float("-inf")
+    lacking = [(o, o.no_fit.needed_bytes) for o in case.advice.options if o.no_fit and o.score > score]
+    asked = case.situation.goal.requested_method
+    lacking = [pair for pair in lacking if pair[0].proposal.tuner == asked] or lacking
+    return min(lacking, key=lambda pair: pair[1], default=None)
 
 
 def assumptions(case: Case, knowledge: Knowledge) -> tuple[str, ...]:
@@ -182,8 +146,9 @@ def assumptions(case: Case, knowledge: Knowledge) -> tuple[str, ...]:
         said.append(f"No model is called {case.situation.named.asked!r}; one was chosen.")
     hardware = case.situation.scenario.hardware
     if hardware.origin == "declared":
+        ram = format_bytes(hardware.ram_bytes)
         said.append(
-            f"The machine was declared, not probed: {case.situation.machine.name}, {format_bytes(hardware.ram_bytes)} of host memory."
+            f"The machine was declared, not probed: {case.situation.machine.name}, {ram} of host memory."
         )
     guessed = [
         d.name

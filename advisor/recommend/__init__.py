@@ -1,6 +1,7 @@
 """What should be trained, on which model and how, and what was turned down for which reason?
 
-Goes in: a Scenario and the knowledge base. Comes out: `Advice` (for the planner) or its candidates, the chosen first.
+Goes in: a Scenario and the knowledge base. Comes out: `Advice` for the planner, or its candidates, the chosen
+first.
 Never does: settings (advisor.plan), I/O, chance.
 """
 
@@ -16,12 +17,20 @@ from advisor.knowledge import Knowledge
 from advisor.recommend.amount import hours_of
 from advisor.recommend.chains import Decision, decide
 from advisor.recommend.fit import Fit, NoFit, fit
-from advisor.recommend.gates import MAIN_TUNERS, Objection, Proposal, objection_to_model, objection_to_tuner
+from advisor.recommend.gates import (
+    MAIN_TUNERS,
+    Objection,
+    Proposal,
+    object_to,
+    objection_to_model,
+    objection_to_tuner,
+)
+from advisor.recommend.reasons import because
 from advisor.recommend.situation import Situation, read_situation, rule
 from advisor.recommend.weigh import prefers_base, weigh_model, weigh_substitute, weigh_tuner
 from advisor.scenario import spec_of
 from advisor.types import Candidate, ModelSpec, Record, Scenario
-from advisor.units import format_bytes
+from advisor.units import format_bytes, format_seconds
 
 MODEL_CODES = frozenset({"licence", "fp16_overflow_model", "context", "instruct_base_choice"})
 """Objections to a model, whatever the tuner."""
@@ -67,14 +76,14 @@ class Advice(Record, frozen=True, kw_only=True):
 
 def recommend(scenario: Scenario, knowledge: Knowledge) -> tuple[Candidate, ...]:
     """Return every candidate that was considered: the chosen first, then possible, then rejected ones."""
-    return candidates_of(advise(scenario, knowledge))
+    return candidates_of(advise(scenario, knowledge), knowledge)
 
 
 def advise(scenario: Scenario, knowledge: Knowledge) -> Advice:
     """Choose chain, model and tuner for a scenario.
 
     Raises:
-        UnknownNameError: the model is not known, and neither its files nor the size in its name tell its shape.
+        UnknownNameError: the model is not known, and its name does not even tell its size.
     """
     situation = read_situation(scenario, knowledge)
     if situation.named.how == "unknown":
@@ -85,19 +94,20 @@ def advise(scenario: Scenario, knowledge: Knowledge) -> Advice:
         return Advice(situation=situation, decision=decision, chosen=None, options=())
     if situation.spec is None:
         options = _judge(_free_models(situation, decision, knowledge), situation, decision, knowledge)
-        return _advice(situation, decision, options, None)
+        return _advice(situation, decision, options, None, knowledge)
     asked = situation.spec
     named = _judge([(asked, 0.0, [])], situation, decision, knowledge)
     if any(option.fit for option in named):
-        return _advice(situation, decision, named, None)
-    refused = _why_not_this_model(named)
+        return _advice(situation, decision, named, None, knowledge)
+    refused = _why_not_this_model(named, knowledge)
     others = _judge(_substitutes(asked, situation, decision, knowledge), situation, decision, knowledge)
-    return _advice(situation, decision, (*others, *named), refused)
+    return _advice(situation, decision, (*others, *named), refused, knowledge)
 
 
 def _advice(
-    situation: Situation, decision: Decision, options: tuple[Option, ...], refused: Objection | None
-) -> Advice:
+    situation: Situation, decision: Decision, options: tuple[Option, ...], refused: Objection | None,
+    knowledge: Knowledge,
+) -> Advice:  # fmt: skip
     fitting = [option for option in options if option.fit]
     asked = situation.goal.requested_method
     wished = [o for o in fitting if o.proposal.tuner == asked]
@@ -108,7 +118,7 @@ def _advice(
         chosen = _roomier(chosen, plain, situation)
     method_refused = None
     if asked and not asked.startswith("none") and (chosen is None or chosen.proposal.tuner != asked):
-        method_refused = _why_not_this_tuner(asked, options)
+        method_refused = _why_not_this_tuner(asked, options, knowledge)
     return Advice(
         situation=situation, decision=decision, chosen=chosen, options=options,
         asked_model=situation.named.asked, model_refused=refused, method_refused=method_refused,
@@ -116,7 +126,7 @@ def _advice(
 
 
 def _roomier(chosen: Option, options: list[Option], situation: Situation) -> Option:
-    """Rather a combination that needs no shorter rows or smaller rank; of the same model where it was named."""
+    """Rather a combination that needs no shorter rows or smaller rank; of the model that was named."""
     other = [o for o in options if o.proposal.tuner in MAIN_TUNERS]
     if situation.spec is not None:
         other = [o for o in other if o.proposal.spec.id == chosen.proposal.spec.id]
@@ -232,51 +242,45 @@ def _allowed_hours(situation: Situation, knowledge: Knowledge) -> float:
     return float(rule(knowledge, "choice", "fit")[key])
 
 
-def _why_not_this_model(options: tuple[Option, ...]) -> Objection:
-    main = [o for o in options if o.proposal.tuner in ("qlora", "lora", "full")]
-    for option in main:
-        if option.objection and option.objection.code in MODEL_CODES:
-            return option.objection
-    tried = [o.no_fit for o in options if o.no_fit and o.proposal.tuner in ("qlora", "lora", "full")]
-    if tried:
-        least = min(tried, key=lambda n: n.needed_bytes)
-        return Objection(
-            code="does_not_fit", reason=least.reason, source="memory-lab", needed_bytes=least.needed_bytes
-        )
-    blocked = [o.objection for o in main if o.objection]
-    return (
-        blocked[0] if blocked else Objection(code="does_not_fit", reason="nothing fits", source="memory-lab")
+def _does_not_fit(no_fit: NoFit) -> Objection:
+    return Objection(
+        code="does_not_fit", reason=no_fit.reason, source="memory-lab", needed_bytes=no_fit.needed_bytes
     )
 
 
-def _why_not_this_tuner(tuner: str, options: tuple[Option, ...]) -> Objection:
+def _why_not_this_model(options: tuple[Option, ...], knowledge: Knowledge) -> Objection:
+    main = [o for o in options if o.proposal.tuner in MAIN_TUNERS]
+    for option in main:
+        if option.objection and option.objection.code in MODEL_CODES:
+            return option.objection
+    tried = [o.no_fit for o in main if o.no_fit]
+    if tried:
+        return _does_not_fit(min(tried, key=lambda n: n.needed_bytes))
+    blocked = [o.objection for o in main if o.objection]
+    return blocked[0] if blocked else object_to(knowledge, "nothing_fits", code="does_not_fit")
+
+
+def _why_not_this_tuner(tuner: str, options: tuple[Option, ...], knowledge: Knowledge) -> Objection:
     for option in options:
         if option.proposal.tuner == tuner and option.objection:
             return option.objection
         if option.proposal.tuner == tuner and option.no_fit:
-            return Objection(
-                code="does_not_fit",
-                reason=option.no_fit.reason,
-                source="memory-lab",
-                needed_bytes=option.no_fit.needed_bytes,
-            )
-    return Objection(code="change_plan", reason="there is no reason to train it here", source="judgement")
+            return _does_not_fit(option.no_fit)
+    return object_to(knowledge, "no_reason")
 
 
 # --- candidates ----------------------------------------------------------------------------------
 
 
-def candidates_of(advice: Advice) -> tuple[Candidate, ...]:
+def candidates_of(advice: Advice, knowledge: Knowledge) -> tuple[Candidate, ...]:
     """Every option as the contract shows it, then the objectives that were turned down."""
-    rows = [_candidate(option, advice) for option in advice.options]
+    rows = [_candidate(option, advice, knowledge) for option in advice.options]
     order = {"chosen": 0, "possible": 1, "rejected": 2}
     rows.sort(key=lambda c: (order[c.verdict], -c.score, c.model, c.method))
     decision = advice.decision
     if decision.instead:
-        rows.insert(
-            0,
-            Candidate(method=decision.instead, verdict="chosen", score=1.0, reasons=(decision.instead_why,)),
-        )
+        first = Candidate(method=decision.instead, verdict="chosen", score=1.0, reasons=(decision.why,))
+        rows.insert(0, first)
     turned_down = tuple(
         Candidate(method=objective, verdict="rejected", score=0.0, reasons=(reason,), objectives=(objective,))
         for objective, reason in decision.rejected.items()
@@ -284,39 +288,35 @@ def candidates_of(advice: Advice) -> tuple[Candidate, ...]:
     return (*rows, *turned_down)
 
 
-def _candidate(option: Option, advice: Advice) -> Candidate:
-    proposal, chosen = option.proposal, option is advice.chosen and advice.decision.instead is None
-    fitted = option.fit
-    peak = None
-    if fitted:
-        peak = max((s.estimate.peak_bytes for s in fitted.stages), key=lambda band: band.high)
+def _candidate(option: Option, advice: Advice, knowledge: Knowledge) -> Candidate:
+    proposal, fitted, instead = option.proposal, option.fit, advice.decision.instead
+    verdict: Literal["chosen", "possible", "rejected"] = "possible"
+    if instead or not option.possible:
+        verdict = "rejected"
+    elif option is advice.chosen:
+        verdict = "chosen"
+    first = fitted.stages[0].settings if fitted else None
+    peaks = [stage.estimate.peak_bytes for stage in fitted.stages] if fitted else []
     return Candidate(
-        method=proposal.tuner, verdict="chosen" if chosen else _verdict(option, advice),
-        score=round(option.score, 4), reasons=_reasons(option, advice), model=proposal.spec.id,
-        objectives=proposal.chain,
-        precision=fitted.stages[0].settings.precision if fitted else advice.situation.machine.precision,
-        weight_bits=fitted.stages[0].settings.weight_bits if fitted else 4 if proposal.facts.quantised_base else 16,
-        parallel=fitted.layout.parallel if fitted else "none", peak_bytes=peak,
+        method=proposal.tuner, verdict=verdict, score=round(option.score, 4),
+        reasons=_reasons(option, advice, knowledge), model=proposal.spec.id, objectives=proposal.chain,
+        precision=first.precision if first else advice.situation.machine.precision,
+        weight_bits=first.weight_bits if first else 4 if proposal.facts.quantised_base else 16,
+        parallel=fitted.layout.parallel if fitted else "none",
+        peak_bytes=max(peaks, key=lambda band: band.high) if peaks else None,
     )  # fmt: skip
 
 
-def _verdict(option: Option, advice: Advice) -> Literal["possible", "rejected"]:
-    if not option.possible or advice.decision.instead:
-        return "rejected"
-    return "possible"
-
-
-def _reasons(option: Option, advice: Advice) -> tuple[str, ...]:
+def _reasons(option: Option, advice: Advice, knowledge: Knowledge) -> tuple[str, ...]:
     if option.objection:
         return (option.objection.reason,)
     if option.no_fit:
         return (option.no_fit.reason,)
-    reasons = list(option.reasons)
-    if option.fit:
-        high, free = option.fit.peak_high, advice.situation.machine.free_bytes
-        reasons.append(f"needs at most {format_bytes(high)} of {format_bytes(free)}")
-    else:
-        reasons.append("ranks lower, so its memory was not estimated")
-    if advice.decision.instead:
-        reasons.insert(0, advice.decision.instead_why)
-    return tuple(reasons)
+    reasons = [advice.decision.why] if advice.decision.instead else []
+    reasons += option.reasons
+    if option.fit is None:
+        return (*reasons, because(knowledge, "score", "not_estimated").reason)
+    high, free = format_bytes(option.fit.peak_high), format_bytes(advice.situation.machine.free_bytes)
+    reasons.append(because(knowledge, "score", "memory", peak=high, free=free).reason)
+    time = format_seconds(option.hours * 3600)
+    return (*reasons, because(knowledge, "score", "time", time=time).reason)

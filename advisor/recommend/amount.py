@@ -23,7 +23,7 @@ def stage_rows(objective: Objective, situation: Situation, knowledge: Knowledge,
     if objective != "cpt":
         return rows_of(datasets)
     each = float(rule(knowledge, "data", "text_volume")["bytes_per_token"])
-    tokens = megabytes_of(datasets) * 1e6 / each
+    tokens = megabytes_of(datasets, knowledge) * 1e6 / each
     return max(1, round(tokens / max(seq_len, 1)))
 
 

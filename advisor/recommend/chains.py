@@ -1,21 +1,29 @@
-"""Which objectives, in which order, do the data allow: demonstrations, pairs, thumbs, checkable prompts, text?
+"""Which objectives, in which order, do the data allow?
 
-Goes in: a Situation and the rules of kb/rules/data.toml. Comes out: a Decision: the chain to train (possibly none),
-why, what speaks against training now, and every objective that was turned down with its reason.
-Never does: choose a tuner or a model.
+Goes in: a Situation and kb/rules/data.toml. Comes out: a Decision: the chain to train (possibly none),
+why, what speaks against training now, and every objective that was turned down with its reason. Never
+does: choose a tuner or a model.
 """
 
 from __future__ import annotations
 
 from advisor.knowledge import Knowledge
+from advisor.recommend.reasons import because
 from advisor.recommend.situation import Situation, megabytes_of, rows_of, rule
-from advisor.types import Objective, Record, Verdict
+from advisor.types import Objective, Record, Verdict, Why
 from advisor.units import format_count
 
 ORDER: tuple[Objective, ...] = ("cpt", "sft", "dpo", "kto", "orpo", "simpo", "reward", "rloo", "grpo")
 PAIR_OBJECTIVES = frozenset({"dpo", "orpo", "simpo", "reward"})
 PREFERENCE = frozenset({"dpo", "kto", "orpo", "simpo"})
 REINFORCEMENT = frozenset({"rloo", "grpo"})
+MANNER = frozenset({"language", "style", "code"})
+"""Tasks for which plain text is worth reading on, beside facts."""
+
+Instead = tuple[str, Why]
+"""none_rag, none_prompting or none, and why."""
+Last = tuple[tuple[Objective, ...], Why | None]
+"""The stages after SFT, and why."""
 
 
 class Decision(Record, frozen=True, kw_only=True):
@@ -23,11 +31,9 @@ class Decision(Record, frozen=True, kw_only=True):
 
     chain: tuple[Objective, ...] = ()
     why: str = ""
-    source: str = "axolotl-guides"
     verdict: Verdict = "train"
     instead: str | None = None
     """none_rag, none_prompting or none: what to do instead of training."""
-    instead_why: str = ""
     refused_request: str = ""
     """Why the objective asked for is not the one advised; empty when it is, or none was asked for."""
     rejected: dict[str, str] = {}
@@ -36,203 +42,146 @@ class Decision(Record, frozen=True, kw_only=True):
 
 def decide(situation: Situation, knowledge: Knowledge) -> Decision:
     """Choose the chain of objectives, or what to do instead of training."""
-    stopped = _nothing_to_train(situation, knowledge)
-    chain, why, source = _chain(situation, knowledge)
-    rejected = _rejections(situation, knowledge, chain)
+    instead = _instead_of_training(situation, knowledge)
+    chain, why = _chain(situation, knowledge)
+    rejected = {o: why_not(o, situation, knowledge) for o in knowledge.objectives if o not in chain}
     asked = situation.goal.requested_objective
     refused = rejected.get(asked, "") if asked and asked not in chain else ""
-    verdict: Verdict = "change_plan" if refused else "train"
     if never_succeeds(situation, knowledge) and asked in (None, "grpo", "rloo"):
-        verdict = "change_plan"
-        refused = refused or "the model never solves these tasks yet, so there is nothing to reinforce"
-    if stopped is not None and (not situation.force or not chain):
-        instead, reason, stop_source = stopped
+        refused = refused or because(knowledge, "objective", "never_succeeds").reason
+    if instead is None and not chain:
+        instead = ("none_prompting", because(knowledge, "instead", "no_data"))
+    if instead is not None and not (situation.force and chain):
+        verdict: Verdict = "export_only" if instead[0] == "none" else "dont_train_yet"
         return Decision(
-            chain=chain, why=reason, source=stop_source, instead=instead, instead_why=reason,
-            verdict="export_only" if instead == "none" else "dont_train_yet", refused_request=refused,
-            rejected=rejected,
+            chain=chain, why=instead[1].reason, instead=instead[0], verdict=verdict,
+            refused_request=refused, rejected=rejected,
         )  # fmt: skip
-    if not chain:
-        reason = "there is no data to train on"
-        return Decision(
-            instead="none_prompting", instead_why=reason, why=reason, verdict="dont_train_yet",
-            source="openai-sft-guide", rejected=rejected,
-        )  # fmt: skip
-    return Decision(
-        chain=chain, why=why, source=source, verdict=verdict, refused_request=refused, rejected=rejected
-    )
+    verdict = "change_plan" if refused else "train"
+    return Decision(chain=chain, why=why, verdict=verdict, refused_request=refused, rejected=rejected)
 
 
 # --- not training --------------------------------------------------------------------------------
 
 
-def _nothing_to_train(situation: Situation, knowledge: Knowledge) -> tuple[str, str, str] | None:
-    """(what instead, why, source) when training is not the answer now."""
+def _instead_of_training(situation: Situation, knowledge: Knowledge) -> Instead | None:
     for check in (_only_export, _only_text, _changing_facts, _too_few, _no_target):
         if answer := check(situation, knowledge):
             return answer
     return None
 
 
-def _only_export(situation: Situation, knowledge: Knowledge) -> tuple[str, str, str] | None:
-    wants = situation.goal.tasks[:1] == ("export",) or "export" in situation.goal.tasks
-    if situation.train or not (wants or situation.scenario.goal.model_state):
-        return None
-    return (
-        "none",
-        "there is no training data and the wish is a file that runs: nothing needs training",
-        "export-lab",
-    )
+def _only_export(situation: Situation, knowledge: Knowledge) -> Instead | None:
+    wanted = "export" in situation.goal.tasks or situation.scenario.goal.model_state is not None
+    return ("none", because(knowledge, "instead", "export")) if wanted and not situation.train else None
 
 
-def _only_text(situation: Situation, knowledge: Knowledge) -> tuple[str, str, str] | None:
+def _only_text(situation: Situation, knowledge: Knowledge) -> Instead | None:
     if not situation.texts or situation.demos or situation.pairs or situation.unpaired or situation.answered:
         return None
-    rules = rule(knowledge, "data", "text_volume")
-    size = megabytes_of(situation.texts)
-    asked = situation.goal.requested_objective == "cpt"
+    rules, size = rule(knowledge, "data", "text_volume"), megabytes_of(situation.texts, knowledge)
+    low, high = rules["retrieval_only_below_mb"], rules["mixed_below_mb"]
+    if size < low:
+        return "none_rag", because(knowledge, "instead", "little_text", size=f"{size:.3g}", limit=low)
+    if wants_manner(situation):
+        return None
     documents = any(d.kind == "documents" for d in situation.texts)
-    if size < rules["retrieval_only_below_mb"]:
-        reason = (
-            f"{size:.3g} MB of text is far too little to teach facts to a model; retrieval finds them exactly "
-            f"(continued pre-training starts at about {rules['retrieval_only_below_mb']} MB)"
-        )
-        return "none_rag", reason, rules["source"]
-    facts = "facts" in situation.goal.tasks or situation.goal.task == "instruction"
-    wants_manner = bool({"language", "style", "code"} & set(situation.goal.tasks)) or asked
-    if size < rules["mixed_below_mb"] and (facts or documents) and not wants_manner:
-        reason = (
-            f"{size:.3g} MB of documents hold facts, and training teaches facts slowly and unreliably; "
-            f"between {rules['retrieval_only_below_mb']} and {rules['mixed_below_mb']} MB retrieval comes first"
-        )
-        return "none_rag", reason, rules["source"]
-    if "facts" in situation.goal.tasks and documents and not wants_manner:
-        return (
-            "none_rag",
-            "answers that must be right and cited come from retrieval, however much text there is",
-            rules["source"],
-        )
-    return None
+    facts = "facts" in situation.goal.tasks
+    if size < high and (facts or documents or situation.goal.task == "instruction"):
+        why = because(knowledge, "instead", "documents", size=f"{size:.3g}", low=low, high=high)
+        return "none_rag", why
+    return ("none_rag", because(knowledge, "instead", "cited_facts")) if facts and documents else None
 
 
-def _changing_facts(situation: Situation, knowledge: Knowledge) -> tuple[str, str, str] | None:
+def wants_manner(situation: Situation) -> bool:
+    """True when a language or a manner is wanted of plain text, not its facts."""
+    return bool(MANNER & set(situation.goal.tasks)) or situation.goal.requested_objective == "cpt"
+
+
+def _changing_facts(situation: Situation, knowledge: Knowledge) -> Instead | None:
     if not situation.wish("changing_facts") or situation.pairs or situation.unpaired or situation.answered:
         return None
     if situation.goal.task not in ("facts", "chat", "instruction") and "facts" not in situation.goal.tasks:
         return None
-    phrase = situation.goal.phrases["changing_facts"]
-    reason = f"what changes ({phrase!r}) belongs into retrieval: a trained fact is old the next day"
-    return "none_rag", reason, rule(knowledge, "data", "text_volume")["source"]
+    phrase = repr(situation.goal.phrases["changing_facts"])
+    return "none_rag", because(knowledge, "instead", "changing_facts", phrase=phrase)
 
 
-def _too_few(situation: Situation, knowledge: Knowledge) -> tuple[str, str, str] | None:
+def _too_few(situation: Situation, knowledge: Knowledge) -> Instead | None:
     limits, pairs = rule(knowledge, "data", "rows"), rule(knowledge, "data", "preference")
-    labelled = (*situation.pairs, *situation.unpaired)
-    if situation.texts or situation.answered or situation.prompts:
+    if situation.texts or situation.answered or situation.prompts or not situation.train:
         return None
-    rows, judged = rows_of(situation.demos), rows_of(labelled)
-    if not situation.train or (judged >= pairs["refuse_below"]):
+    rows, judged = rows_of(situation.demos), rows_of((*situation.pairs, *situation.unpaired))
+    if judged >= pairs["refuse_below"] or max(rows, judged) >= limits["prompt_below"]:
         return None
     if rows < limits["refuse_below"] and not judged:
-        reason = (
-            f"{rows} examples are below the minimum of {limits['refuse_below']}: put them into the prompt as "
-            "examples instead"
-        )
-        return "none_prompting", reason, limits["source"]
-    if max(rows, judged) < limits["prompt_below"]:
-        if situation.goal.requested_method == "ia3" and rows >= limits["refuse_below"]:
-            return None
-        reason = (
-            f"{max(rows, judged)} examples: prompting with some of them comes first; gains from training show "
-            f"from {limits['prompt_below']} good ones on"
-        )
-        return "none_prompting", reason, limits["source"]
-    return None
+        why = because(knowledge, "instead", "below_minimum", rows=rows, limit=limits["refuse_below"])
+        return "none_prompting", why
+    if situation.goal.requested_method == "ia3" and rows >= limits["refuse_below"]:
+        return None
+    figures = {"rows": max(rows, judged), "limit": limits["prompt_below"]}
+    return "none_prompting", because(knowledge, "instead", "few_examples", **figures)
 
 
-def _no_target(situation: Situation, knowledge: Knowledge) -> tuple[str, str, str] | None:
-    if (
-        not situation.prompts
-        or situation.demos
-        or situation.pairs
-        or situation.unpaired
-        or situation.answered
-    ):
+def _no_target(situation: Situation, knowledge: Knowledge) -> Instead | None:
+    if not situation.prompts or situation.wish("reward_function") or situation.texts:
         return None
-    if situation.wish("reward_function") or situation.texts:
+    if situation.demos or situation.pairs or situation.unpaired or situation.answered:
         return None
-    reason = (
-        "prompts alone say nothing about what a good answer is: write answers, collect preferences, or write a "
-        "program that checks answers"
-    )
-    return "none_prompting", reason, "axolotl-guides"
+    return "none_prompting", because(knowledge, "instead", "no_target")
 
 
 # --- the chain -----------------------------------------------------------------------------------
 
 
-def _chain(situation: Situation, knowledge: Knowledge) -> tuple[tuple[Objective, ...], str, str]:
-    last, why, source = _last_stage(situation, knowledge)
-    first: list[Objective] = []
-    if _text_is_worth(situation, knowledge):
-        first.append("cpt")
-        size = megabytes_of(situation.texts)
-        why = f"{size:,.0f} MB of plain text teach the language or manner first{'; ' + why if why else ''}"
-        source = rule(knowledge, "data", "text_volume")["source"]
-    if situation.demos or _needs_policy_first(situation, knowledge, last):
+def _chain(situation: Situation, knowledge: Knowledge) -> tuple[tuple[Objective, ...], str]:
+    """(objectives in order, why)."""
+    last, ground = _last_stage(situation, knowledge)
+    why, first = ground.reason if ground else "", list[Objective]()
+    rows = format_count(rows_of(situation.demos))
+    if situation.demos or _needs_task_first(situation, knowledge, last):
         first.append("sft")
-        if last and situation.demos:
-            why = f"{format_count(rows_of(situation.demos))} demonstrations first; then {why}"
-        elif last:
-            why = f"the start has to learn the task first, from the better or right answers; then {why}"
         if not last:
-            rows = format_count(rows_of(situation.demos))
-            why = why or f"{rows} demonstrations show the answers wanted: supervised fine-tuning"
-    return (*first, *last), why, source
+            why = because(knowledge, "chain", "demonstrations", rows=rows).reason
+        elif situation.demos:
+            why = because(knowledge, "chain", "demonstrations_first", rows=rows, rest=why).reason
+        else:
+            why = because(knowledge, "chain", "task_first", rest=why).reason
+    if _text_is_worth(situation, knowledge):
+        first.insert(0, "cpt")
+        size = f"{megabytes_of(situation.texts, knowledge):,.0f}"
+        why = "; ".join(filter(None, (because(knowledge, "chain", "text_first", size=size).reason, why)))
+    return (*first, *last), why
 
 
-def _last_stage(situation: Situation, knowledge: Knowledge) -> tuple[tuple[Objective, ...], str, str]:
-    """The stage after SFT, why, and its source."""
+def _last_stage(situation: Situation, knowledge: Knowledge) -> Last:
     asked = situation.goal.requested_objective
     direct: dict[str, Objective] = {"dpo": "dpo", "orpo": "orpo", "simpo": "simpo"}
     if situation.pairs and asked in direct:
-        return (
-            (direct[asked],),
-            f"{knowledge.objectives[asked].title} was asked for and the pairs allow it",
-            "axolotl-guides",
-        )
+        title = knowledge.objectives[direct[asked]].title
+        return (direct[asked],), because(knowledge, "chain", "asked_pairs", title=title)
     if situation.pairs and (asked == "rloo" or (situation.prompts and asked in (None, "grpo", "reward"))):
-        why = "the pairs train a reward model, and the model is then reinforced with its marks"
-        return ("reward", "rloo"), why, "rloo-paper"
+        return ("reward", "rloo"), because(knowledge, "chain", "reward_then_reinforce")
     if situation.pairs and asked == "reward":
-        return ("reward",), "a reward model was asked for", "trl-peft-guide"
+        return ("reward",), because(knowledge, "chain", "reward_asked")
     if situation.answered and asked in (None, "grpo", "rloo", "sft"):
-        chosen: Objective = "rloo" if asked == "rloo" else "grpo"
-        return (
-            (chosen,),
-            "answers that a program can check: reinforcement with verifiable rewards",
-            "axolotl-guides",
-        )
+        return ("rloo" if asked == "rloo" else "grpo",), because(knowledge, "chain", "verifiable")
     if situation.prompts and situation.wish("reward_function") and not situation.pairs:
-        return ("grpo",), "a program marks the answers: reinforcement with its marks", "axolotl-guides"
+        return ("grpo",), because(knowledge, "chain", "marked")
+    return _from_labels(situation, knowledge, asked)
+
+
+def _from_labels(situation: Situation, knowledge: Knowledge, asked: str | None) -> Last:
     pairs, thumbs = rows_of(situation.pairs), rows_of(situation.unpaired)
     if situation.unpaired and (asked == "kto" or thumbs > pairs):
-        return (
-            ("kto",),
-            f"{format_count(thumbs)} answers carry a thumb up or down, without pairs: KTO",
-            "trl-kto-docs",
-        )
+        return ("kto",), because(knowledge, "chain", "thumbs", rows=format_count(thumbs))
     if situation.pairs and asked != "sft":
         if asked == "kto":
-            return ("kto",), "KTO was asked for; each pair gives a good and a bad answer", "trl-kto-docs"
-        return ("dpo",), f"{format_count(pairs)} pairs of better and worse answers: DPO", "axolotl-guides"
+            return ("kto",), because(knowledge, "chain", "kto_asked")
+        return ("dpo",), because(knowledge, "chain", "pairs", rows=format_count(pairs))
     if situation.answered:
-        return (
-            ("grpo",),
-            "answers that a program can check: reinforcement with verifiable rewards",
-            "axolotl-guides",
-        )
-    return (), "", "axolotl-guides"
+        return ("grpo",), because(knowledge, "chain", "verifiable")
+    return (), None
 
 
 def starts_as_policy(situation: Situation) -> bool:
@@ -242,11 +191,9 @@ def starts_as_policy(situation: Situation) -> bool:
     return situation.spec is None or situation.spec.instruct
 
 
-def _needs_policy_first(situation: Situation, knowledge: Knowledge, last: tuple[Objective, ...]) -> bool:
-    if situation.goal.requested_objective == "sft" and situation.pairs and not last:
-        return True
+def _needs_task_first(situation: Situation, knowledge: Knowledge, last: tuple[Objective, ...]) -> bool:
     if not last:
-        return False
+        return situation.goal.requested_objective == "sft" and bool(situation.pairs)
     if never_succeeds(situation, knowledge):
         return True
     if last[0] in ("orpo", "kto"):
@@ -267,70 +214,43 @@ def never_succeeds(situation: Situation, knowledge: Knowledge) -> bool:
 def _text_is_worth(situation: Situation, knowledge: Knowledge) -> bool:
     if not situation.texts:
         return False
-    rules = rule(knowledge, "data", "text_volume")
-    size = megabytes_of(situation.texts)
-    asked = situation.goal.requested_objective == "cpt"
+    rules, size = rule(knowledge, "data", "text_volume"), megabytes_of(situation.texts, knowledge)
     if size < rules["retrieval_only_below_mb"]:
-        return asked and situation.force
-    manner = bool({"language", "style", "code"} & set(situation.goal.tasks)) or asked
+        return situation.goal.requested_objective == "cpt" and situation.force
     raw = any(d.kind == "raw_text" for d in situation.texts)
-    return size >= rules["mixed_below_mb"] or manner or (raw and not situation.demos)
+    return size >= rules["mixed_below_mb"] or wants_manner(situation) or (raw and not situation.demos)
 
 
 # --- what was turned down ------------------------------------------------------------------------
 
 
-def _rejections(situation: Situation, knowledge: Knowledge, chain: tuple[Objective, ...]) -> dict[str, str]:
-    return {
-        objective: _why_not(objective, situation, knowledge)
-        for objective in ORDER
-        if objective not in chain and objective in knowledge.objectives
-    } | {
-        name: f"a method of the overlay; the data do not call for it (it takes {', '.join(facts.data_kinds)})"
-        for name, facts in knowledge.objectives.items()
-        if name not in ORDER
-    }
+def why_not(objective: str, situation: Situation, knowledge: Knowledge) -> str:
+    """Why an objective is not part of the chain."""
+    key, figures = _why_not(objective, situation, knowledge)
+    return because(knowledge, "objective", key, **figures).reason
 
 
-def _why_not(objective: str, situation: Situation, knowledge: Knowledge) -> str:
+def _why_not(objective: str, situation: Situation, knowledge: Knowledge) -> tuple[str, dict[str, object]]:
+    if objective not in ORDER:
+        kinds = ", ".join(knowledge.objectives[objective].data_kinds)
+        return "not_called_for", {"kinds": kinds}
     if objective == "cpt":
         return _why_no_cpt(situation, knowledge)
-    if objective == "sft":
-        return "there are no demonstrations, and the start already follows instructions"
     if objective in PAIR_OBJECTIVES and not situation.pairs:
-        if situation.unpaired:
-            return "single answers with a thumb up or down are not pairs of two answers to one prompt: KTO takes them"
-        return "it needs pairs of a better and a worse answer to the same prompt"
-    if objective == "dpo":
-        return "another way of using the pairs was chosen"
-    if objective == "orpo":
-        return "it trailed DPO in all five settings of a published comparison; worth it only where memory or time allows no second stage"
-    if objective == "simpo":
-        return "no reference model, but very sensitive to the learning rate: DPO is the safer start"
-    if objective == "reward":
-        return "a separate reward model pays off only with reinforcement afterwards; DPO learns from the pairs directly"
+        return ("thumbs_are_no_pairs" if situation.unpaired else "needs_pairs"), {}
     if objective == "kto":
-        return _why_no_kto(situation)
-    if situation.answered or (situation.prompts and situation.pairs):
-        return "another form of reinforcement was chosen; this one answers the same need"
-    return (
-        "it needs prompts together with a program or reward model that marks the answers; the data have none"
-    )
+        return ("kto_pairs" if situation.pairs else "kto_few" if situation.unpaired else "kto_none"), {}
+    if objective in REINFORCEMENT:
+        possible = situation.answered or (situation.prompts and situation.pairs)
+        return ("other_reinforcement" if possible else "needs_marks"), {}
+    return objective, {}
 
 
-def _why_no_kto(situation: Situation) -> str:
-    if situation.pairs:
-        return "the labels come in pairs, which DPO uses better"
-    if situation.unpaired:
-        return "there are more pairs than single labels"
-    return "it needs answers that are labelled good or bad"
-
-
-def _why_no_cpt(situation: Situation, knowledge: Knowledge) -> str:
+def _why_no_cpt(situation: Situation, knowledge: Knowledge) -> tuple[str, dict[str, object]]:
     if not situation.texts:
-        return "there is no plain text to read"
+        return "no_text", {}
     limit = rule(knowledge, "data", "text_volume")["retrieval_only_below_mb"]
-    size = megabytes_of(situation.texts)
+    size = megabytes_of(situation.texts, knowledge)
     if size < limit:
-        return f"{size:.3g} MB of text is below the {limit} MB from which reading on pays"
-    return "facts from documents are better retrieved than trained"
+        return "little_text", {"size": f"{size:.3g}", "limit": limit}
+    return "facts_in_text", {}

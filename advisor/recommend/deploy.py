@@ -1,7 +1,7 @@
 """Into which file does the result go, and does it fit where it must run?
 
-Goes in: a model, the understood goal, kb quantisations and deploy rules. Comes out: the quantisation, the size and
-whether the device holds it. Never does: write a file.
+Goes in: a model, the understood goal, kb quantisations and deploy rules. Comes out: the quantisation, the
+size and whether the device holds it. Never does: write a file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """With which batch, length and sharding does a proposal fit this machine, if at all?
 
-Goes in: a Proposal and a Situation. Comes out: Fit (a MemorySettings and estimate for each stage) or NoFit with the
-bytes that would be needed. Decides on the upper end of the estimate at the longest batch. Never does: weigh methods.
+Goes in: a Proposal and a Situation. Comes out: Fit (a MemorySettings and estimate for each stage) or
+NoFit with the bytes that would be needed. Decides on the upper end of the estimate at the longest batch.
+Never does: weigh methods.
 """
 
 from __future__ import annotations
@@ -115,8 +116,10 @@ def fit(
         else:
             high = max(stage.estimate.peak_bytes.high for stage in stages)
             share = rule(knowledge, "choice", "fit")["tight_share"]
-            tight = high > share * situation.machine.free_bytes or any(
-                stage.least_batch or stage.shortened or stage.cramped for stage in stages
+            tight = (
+                layout.offload
+                or high > share * situation.machine.free_bytes
+                or any(stage.least_batch or stage.shortened or stage.cramped for stage in stages)
             )
             return Fit(stages=tuple(stages), layout=layout, tight=tight)
     free = situation.machine.free_bytes
@@ -205,6 +208,8 @@ def _tries(
     rank = rank_for(proposal, objective, situation, knowledge)
     variants = _variants(proposal, situation)[: 1 if layout.exact else None]
     batches = _batches(proposal.spec, objective, target + completion, situation, knowledge)
+    if layout.offload:
+        batches = batches[-1:]
     bits, optimizer = variants[0]
     first = _Try(
         micro_batch=batches[0], seq_len=target, weight_bits=bits, optimizer=optimizer, rank=rank,
@@ -246,7 +251,8 @@ def _text_lengths(lengths: Lengths, knowledge: Knowledge) -> Lengths:
     """Plain text is cut into sequences of a length of our own choice."""
     rules = rule(knowledge, "data", "text_volume")
     return Lengths(
-        mean=rules["sequence"], target=rules["sequence"], least=rules["least_sequence"], bare=rules["least_sequence"], longest=None,
+        mean=rules["sequence"], target=rules["sequence"], least=rules["least_sequence"],
+        bare=rules["least_sequence"], longest=None,
         said="plain text is joined and cut into full sequences",
     )  # fmt: skip
 
@@ -277,7 +283,7 @@ def _variants(proposal: Proposal, situation: Situation) -> list[tuple[Literal[4,
 
 
 def packs(objective: Objective, situation: Situation, knowledge: Knowledge) -> bool:
-    """True when short rows are joined into full sequences: always for plain text; on a CPU when there are many."""
+    """True when short rows are joined into full sequences: for plain text, and on a CPU when many."""
     if objective == "cpt":
         return True
     if objective != "sft" or situation.machine.device != "cpu":

@@ -10,6 +10,7 @@ from advisor.estimate.memory import trainable_parameters
 from advisor.knowledge import Knowledge
 from advisor.recommend.deploy import choose_file
 from advisor.recommend.lengths import lengths_of
+from advisor.recommend.reasons import because
 from advisor.recommend.situation import Situation, rows_of, rule
 from advisor.scenario import base_twin
 from advisor.types import MemorySettings, ModelSpec, Objective, Record, TunerFacts
@@ -24,8 +25,8 @@ class Objection(Record, frozen=True, kw_only=True):
     code: str
     reason: str
     source: str
-    hard: bool = True
-    """False: done anyway when the person insists (--force)."""
+    hard: bool = False
+    """True: not even done when the person insists (--force)."""
     needed_bytes: float = 0.0
     """Memory that it would take, where that is the reason."""
 
@@ -50,11 +51,20 @@ def objection_to_model(spec: ModelSpec, situation: Situation, knowledge: Knowled
 def objection_to_tuner(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
     """The first rule that a tuner breaks on this model."""
     for gate in (
-        _platform, _bias, _head, _chain_fits, _export, _separate, _scale, _latency, _storage, _few_rows, _forgets,
+        _platform, _bias, _head, _chain_fits, _export, _separate, _scale, _latency, _storage, _few_rows,
+        _forgets,
     ):  # fmt: skip
         if objection := gate(proposal, situation, knowledge):
             return objection
     return None
+
+
+def object_to(
+    knowledge: Knowledge, key: str, /, *, code: str = "", hard: bool = False, **figures: object
+) -> Objection:
+    """Build an objection from its sentence in kb/rules/reasons.toml; `code` defaults to the key."""
+    why = because(knowledge, "objection", key, **figures)
+    return Objection(code=code or key, reason=why.reason, source=why.source, hard=hard)
 
 
 # --- the model -----------------------------------------------------------------------------------
@@ -64,33 +74,28 @@ def _licence(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> Obj
     if not situation.wish("commercial") or spec.commercial is not False:
         return None
     note = f" ({spec.licence_note})" if spec.licence_note else ""
-    reason = f"its licence {spec.licence or 'unknown'} does not allow commercial use{note}"
-    return Objection(code="licence", reason=reason, source=spec_source(spec, knowledge), hard=False)
-
-
-def spec_source(spec: ModelSpec, knowledge: Knowledge) -> str:
-    """The source key of a model's facts; models read from their own files have none in kb."""
-    return spec.source if spec.source in knowledge.sources else "judgement"
+    return object_to(knowledge, "licence", licence=spec.licence or "", note=note)
 
 
 def _fp16_model(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> Objection | None:
     if spec.fp16_safe or situation.machine.precision != "fp16" or spec is situation.spec:
         return None
-    reason = f"{spec.family or spec.id} overflows in fp16, and {situation.machine.name} has no bf16"
-    return Objection(code="fp16_overflow_model", reason=reason, source=spec_source(spec, knowledge))
+    name, device = spec.family or spec.id, situation.machine.name
+    return object_to(knowledge, "fp16_overflow_model", hard=True, family=name, device=device)
 
 
 def _device_room(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> Objection | None:
-    if situation.goal.device_bytes is None:
+    memory = situation.goal.device_bytes
+    if memory is None:
         return None
     choice = choose_file(spec, situation, knowledge)
     if choice.fits or choice.room_bytes is None:
         return None
-    reason = (
-        f"even as {choice.quant} it takes {format_bytes(choice.running_bytes)} while running, and the device leaves "
-        f"{format_bytes(choice.room_bytes)} of {format_bytes(situation.goal.device_bytes)} to it"
-    )
-    return Objection(code="does_not_fit", reason=reason, source="llama-cpp-quantize", hard=False)
+    return object_to(
+        knowledge, "device_room", code="does_not_fit", quant=choice.quant,
+        running=format_bytes(choice.running_bytes), room=format_bytes(choice.room_bytes),
+        memory=format_bytes(memory),
+    )  # fmt: skip
 
 
 def _context(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> Objection | None:
@@ -99,20 +104,17 @@ def _context(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> Obj
     needed = max(wanted, rows if situation.spec is None else 0)
     if needed <= spec.context_tokens:
         return None
-    reason = f"its context of {spec.context_tokens:,} tokens is shorter than the {needed:,} needed"
-    return Objection(code="context", reason=reason, source=spec_source(spec, knowledge), hard=False)
+    return object_to(knowledge, "context", context=f"{spec.context_tokens:,}", needed=f"{needed:,}")
 
 
 def _few_rows_for_base(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> Objection | None:
-    limits = rule(knowledge, "data", "rows")
     rows = rows_of(situation.demos)
     twin = any(facts.instruct and base_twin(key, spec.id) for key, facts in knowledge.models.items())
     if spec.instruct or not twin or situation.texts or situation.scenario.goal.model_state is not None:
         return None
-    if not 0 < rows < limits["small_below"]:
+    if not 0 < rows < rule(knowledge, "data", "rows")["small_below"]:
         return None
-    reason = f"{rows} rows cannot teach a base model to follow instructions; its instruct twin already does"
-    return Objection(code="instruct_base_choice", reason=reason, source="unsloth-advice", hard=False)
+    return object_to(knowledge, "instruct_base_choice", rows=rows)
 
 
 # --- the tuner -----------------------------------------------------------------------------------
@@ -121,72 +123,55 @@ def _few_rows_for_base(spec: ModelSpec, situation: Situation, knowledge: Knowled
 def _platform(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
     if not proposal.facts.quantised_base or situation.machine.bitsandbytes:
         return None
-    reason = f"4-bit training needs bitsandbytes, which does not run on {situation.machine.name}"
-    return Objection(code="no_bitsandbytes", reason=reason, source="axolotl-guides")
+    return object_to(knowledge, "no_bitsandbytes", hard=True, device=situation.machine.name)
 
 
 def _bias(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
     shape = proposal.spec.shape
     if not proposal.facts.needs_native_bias or shape.attention_bias or shape.mlp_bias:
         return None
-    reason = f"{proposal.spec.id} has no bias terms in its linear layers, so there is nothing to train"
-    return Objection(code="no_bias_terms", reason=reason, source=proposal.facts.source)
+    return object_to(knowledge, "no_bias_terms", hard=True, model=proposal.spec.id)
 
 
 def _head(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
-    if proposal.tuner != "classifier_head":
-        return None
     kinds = {d.kind for d in situation.demos}
-    if kinds != {"classification"} or proposal.chain != ("sft",):
-        return Objection(
-            code="needs_classes", reason="a classifier head needs rows with a class each",
-            source=proposal.facts.source,
-        )  # fmt: skip
-    return None
+    fits = kinds == {"classification"} and proposal.chain == ("sft",)
+    if proposal.tuner != "classifier_head" or fits:
+        return None
+    return object_to(knowledge, "needs_classes", hard=True)
 
 
 def _chain_fits(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
-    if proposal.tuner in MAIN_TUNERS or proposal.tuner == "classifier_head":
+    if proposal.facts.group in ("full", "lora", "classifier_head"):
         return None
     other = [o for o in proposal.chain if o != "sft"]
-    if not other:
-        return None
-    reason = f"no evidence that it holds up in {', '.join(other)}; LoRA and full fine-tuning do"
-    return Objection(code="untested_chain", reason=reason, source="lora-without-regret", hard=False)
+    return object_to(knowledge, "untested_chain", objectives=", ".join(other)) if other else None
 
 
 def _export(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
     if not situation.goal.wants_gguf or proposal.facts.gguf != "none":
         return None
-    reason = f"the result must run as a GGUF file, and this cannot become one: {proposal.facts.gguf_note}"
-    return Objection(code="export", reason=reason, source="export-lab", hard=False)
+    return object_to(knowledge, "export", note=proposal.facts.gguf_note)
 
 
 def _separate(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
     if situation.tenants < 2 or proposal.tuner not in ("full", "classifier_head"):
         return None
-    reason = f"{situation.tenants} tenants would need as many whole models; adapters share one base"
-    return Objection(code="separate_adapters", reason=reason, source="vllm-docs", hard=False)
+    return object_to(knowledge, "separate_adapters", tenants=situation.tenants)
 
 
 def _scale(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
-    if proposal.facts.gguf != "virtual_tokens":
+    limit = rule(knowledge, "choice", "prompt_tuning")["competitive_from"]
+    if proposal.facts.gguf != "virtual_tokens" or proposal.spec.parameters >= limit:
         return None
-    rules = rule(knowledge, "choice", "prompt_tuning")
-    if proposal.spec.parameters >= rules["competitive_from"] or situation.force:
-        return None
-    reason = (
-        f"virtual tokens rival other methods only from about {format_count(rules['competitive_from'])} parameters on; "
-        f"this model has {format_count(proposal.spec.parameters)}"
-    )
-    return Objection(code="scale_effect", reason=reason, source=rules["source"], hard=False)
+    size = format_count(proposal.spec.parameters)
+    return object_to(knowledge, "scale_effect", limit=format_count(limit), size=size)
 
 
 def _latency(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
     if not situation.wish("low_latency") or not proposal.facts.adds_latency:
         return None
-    reason = "it lengthens every request and cannot be merged away, and low latency was asked for"
-    return Objection(code="latency", reason=reason, source=proposal.facts.source, hard=False)
+    return object_to(knowledge, "latency")
 
 
 def task_bytes(spec: ModelSpec, tuner: str, facts: TunerFacts, rank: int) -> int:
@@ -200,7 +185,7 @@ def task_bytes(spec: ModelSpec, tuner: str, facts: TunerFacts, rank: int) -> int
 
 def _number(facts: TunerFacts, name: str) -> float:
     value = facts.settings.get(name, 0)
-    return float(value) if isinstance(value, (int, float)) else 0.0
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _storage(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
@@ -211,25 +196,26 @@ def _storage(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> 
     size = task_bytes(proposal.spec, proposal.tuner, proposal.facts, smallest)
     if size <= limit * 1000:
         return None
-    reason = f"each task would take {size / 1000:,.0f} kB, and {limit:,.0f} kB are allowed"
-    return Objection(code="storage", reason=reason, source=proposal.facts.source, hard=False)
+    return object_to(knowledge, "storage", size=f"{size / 1000:,.0f}", limit=f"{limit:,.0f}")
+
+
+def _tiny(spec: ModelSpec, knowledge: Knowledge) -> bool:
+    return spec.parameters < float(rule(knowledge, "choice", "tuner")["small_model_below"])
 
 
 def _few_rows(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
     rows = rows_of(situation.demos)
-    limits = rule(knowledge, "data", "rows")
-    if proposal.tuner != "full" or not rows or rows >= limits["small_below"] or proposal.chain != ("sft",):
+    if proposal.tuner != "full" or proposal.chain != ("sft",) or _tiny(proposal.spec, knowledge):
         return None
-    if proposal.spec.parameters < rule(knowledge, "choice", "tuner")["small_model_below"]:
+    if not 0 < rows < rule(knowledge, "data", "rows")["small_below"]:
         return None
-    reason = f"{rows} rows cannot guide {format_count(proposal.spec.parameters)} free parameters: it would learn them by heart"
-    return Objection(code="small_data_overfit", reason=reason, source=limits["source"], hard=False)
+    size = format_count(proposal.spec.parameters)
+    return object_to(knowledge, "small_data_overfit", rows=rows, size=size)
 
 
 def _forgets(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
-    if proposal.tuner != "full" or not (situation.wish("must_not_forget") or situation.earlier):
+    if proposal.tuner != "full" or _tiny(proposal.spec, knowledge):
         return None
-    if proposal.spec.parameters < rule(knowledge, "choice", "tuner")["small_model_below"]:
+    if not (situation.wish("must_not_forget") or situation.earlier):
         return None
-    reason = "it changes every weight and forgets more than an adapter does, and nothing may be forgotten"
-    return Objection(code="forgetting", reason=reason, source="lora-learns-less", hard=False)
+    return object_to(knowledge, "forgetting")

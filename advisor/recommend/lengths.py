@@ -40,7 +40,8 @@ def lengths_of(datasets: Iterable[DatasetProfile], rules: Mapping[str, Any]) -> 
     widest = max(each, key=lambda one: one.target)
     return Lengths(
         mean=sum(one.mean for one in each) / len(each), target=widest.target,
-        least=max(one.least for one in each), bare=max(one.bare for one in each), longest=max(longest, default=None), said=widest.said,
+        least=max(one.least for one in each), bare=max(one.bare for one in each),
+        longest=max(longest, default=None), said=widest.said,
     )  # fmt: skip
 
 
@@ -50,14 +51,19 @@ def _of(dataset: DatasetProfile | None, rules: Mapping[str, Any]) -> Lengths:
     longest = dataset.max_tokens if dataset else None
     if longest:
         usual = p95 or longest
-        target = longest if longest <= 2 * usual else usual * 1.5
+        target = longest if longest <= rules["outlier_over_p95"] * usual else usual * rules["margin_outliers"]
         said = f"the longest row has {longest:,} tokens, 95% of the rows have at most {usual:,}"
         return _lengths(mean or usual / 2, target, usual, longest, said, rules)
     if p95:
         said = f"95% of the rows have at most {p95:,} tokens"
-        return _lengths(mean or p95 / rules["p95_over_mean"], p95 * 1.25, p95, None, said, rules)
+        return _lengths(
+            mean or p95 / rules["p95_over_mean"], p95 * rules["margin_p95"], p95, None, said, rules
+        )
     if mean:
-        said = f"rows have {mean:,.0f} tokens in the mean, so nearly all should have at most {rules['p95_over_mean']} times that"
+        times = rules["p95_over_mean"]
+        said = (
+            f"rows have {mean:,.0f} tokens in the mean, so nearly all should have at most {times} times that"
+        )
         return _lengths(
             mean, mean * rules["p95_over_mean"], mean * rules["minimum_over_mean"], None, said, rules
         )

@@ -149,14 +149,14 @@ def rows_of(datasets: Iterable[DatasetProfile]) -> int:
     return total
 
 
-def megabytes_of(datasets: Iterable[DatasetProfile]) -> float:
-    """Size of text datasets in MB; from rows and tokens where no size is known (four bytes a token)."""
-    total = 0.0
+def megabytes_of(datasets: Iterable[DatasetProfile], knowledge: Knowledge) -> float:
+    """Size of text datasets in MB; from rows and tokens where no size is known."""
+    total, each = 0.0, float(rule(knowledge, "data", "text_volume")["bytes_per_token"])
     for dataset in datasets:
         if dataset.bytes is not None:
             total += dataset.bytes / MEGABYTE
         else:
-            total += dataset.rows * (dataset.mean_tokens or 0.0) * 4 / MEGABYTE
+            total += dataset.rows * (dataset.mean_tokens or 0.0) * each / MEGABYTE
     return total
 
 

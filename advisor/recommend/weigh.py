@@ -1,8 +1,8 @@
 """How good is a combination of model and tuner for this case, and why?
 
-Goes in: a Proposal that no rule forbids. Comes out: a score (1 is the best tuner on an ordinary model) and the reasons
-for it in words. Memory does not enter: more memory can only open better candidates, never turn the order round.
-Never does: rule anything out.
+Goes in: a Proposal that no rule forbids. Comes out: a score (1 is the best tuner on an ordinary model)
+and its reasons in words. Memory does not enter: more of it can only open better candidates, never turn
+the order round. Never does: rule anything out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from advisor.knowledge import Knowledge
 from advisor.recommend.gates import Proposal
+from advisor.recommend.reasons import because
 from advisor.recommend.situation import Situation, megabytes_of, rows_of, rule
 from advisor.scenario import base_twin
 from advisor.types import ModelFacts, ModelSpec
@@ -24,79 +25,75 @@ EPOCH_YEAR = 2024
 class Scale:
     """Adds up a score and keeps the reason of each step."""
 
-    def __init__(self) -> None:
+    def __init__(self, knowledge: Knowledge) -> None:
+        self.knowledge = knowledge
         self.score = 0.0
         self.reasons: list[str] = []
 
-    def add(self, points: float, reason: str = "") -> None:
-        """Add points, and the reason where it is worth telling."""
+    def add(self, points: float, key: str = "", **figures: object) -> None:
+        """Add points, and the sentence of that key where it is worth telling."""
         self.score += points
-        if reason:
-            self.reasons.append(reason)
+        if key:
+            self.reasons.append(because(self.knowledge, "score", key, **figures).reason)
 
 
 def weigh_tuner(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> tuple[float, list[str]]:
     """Score a tuner for the data and wishes of this case."""
-    rules, scale = rule(knowledge, "choice", "tuner"), Scale()
-    facts, rows = proposal.facts, rows_of(situation.train)
-    scale.add(facts.quality, f"keeps {facts.quality:.0%} of the best method's gain in the comparison")
-    small_model = proposal.spec.parameters < rules["small_model_below"]
+    rules, scale, facts = rule(knowledge, "choice", "tuner"), Scale(knowledge), proposal.facts
+    scale.add(facts.quality, "quality", share=f"{facts.quality:.0%}")
     if proposal.tuner == "full":
-        _weigh_full(scale, rules, rows, situation, knowledge, small_model=small_model)
+        _weigh_full(scale, rules, proposal.spec, situation, knowledge)
     scale.add(-rules["forgetting_weight"] * facts.forgetting)
     if situation.wish("must_not_forget") or situation.earlier:
         scale.add(-(rules["must_not_forget_weight"] - rules["forgetting_weight"]) * facts.forgetting)
-        if proposal.tuner == "full":
-            scale.add(-rules["must_not_forget_full"], "changes every weight, and nothing may be forgotten")
-        else:
-            scale.add(0.0, "the base stays untouched, so little is forgotten")
+        forgets = proposal.tuner == "full"
+        scale.add(-rules["must_not_forget_full"] if forgets else 0.0, "forgets" if forgets else "keeps")
     if situation.wish("adapter") and facts.group == "lora":
-        scale.add(rules["adapter_wish"], "gives a small adapter file, as wished")
+        scale.add(rules["adapter_wish"], "adapter")
     if proposal.tuner == "classifier_head":
         classes = max([d.classes or 0 for d in situation.demos], default=0)
         if classes >= rules["class_head_from"] or situation.wish("low_latency") or situation.wish("small"):
-            scale.add(rules["class_head"], f"{classes} classes: one forward pass and never an invented label")
+            scale.add(rules["class_head"], "classes", classes=classes)
     return scale.score, scale.reasons
 
 
 def _weigh_full(
-    scale: Scale, rules: Mapping[str, Any], rows: int, situation: Situation, knowledge: Knowledge, *,
-    small_model: bool,
-) -> None:  # fmt: skip
-    scale.add(-rules["full_cost"], "costs a whole model on disk and about half as much time again as LoRA")
-    if small_model:
-        scale.add(rules["small_model_full"], "on a model this small an adapter would save nothing")
-    elif rows and rows < rule(knowledge, "data", "rows")["modest_below"]:
-        scale.add(-rules["full_small_data"], f"{rows} rows are few for so many free weights")
+    scale: Scale, rules: Mapping[str, Any], spec: ModelSpec, situation: Situation, knowledge: Knowledge
+) -> None:
+    rows = rows_of(situation.train)
+    scale.add(-rules["full_cost"], "full_cost")
+    if spec.parameters < rules["small_model_below"]:
+        scale.add(rules["small_model_full"], "small_model")
+    elif 0 < rows < rule(knowledge, "data", "rows")["modest_below"]:
+        scale.add(-rules["full_small_data"], "few_rows", rows=rows)
     excess = data_excess(situation, knowledge)
     if excess > -1:
-        reason = "the data may exceed what an adapter holds" if excess >= 0 else ""
-        scale.add(rules["capacity"] * (1 + excess), reason)
+        scale.add(rules["capacity"] * (1 + excess), "capacity" if excess >= 0 else "")
     if situation.wish("best") and excess > -1:
-        scale.add(rules["best_full"], "the best quality was asked for, and there is data enough")
+        scale.add(rules["best_full"], "best")
 
 
 def data_excess(situation: Situation, knowledge: Knowledge) -> float:
     """Decimal logarithm of the data over what LoRA is known to hold; 0 is the edge, -9 without data."""
     capacity, volume = rule(knowledge, "data", "capacity"), rule(knowledge, "data", "text_volume")
     rows = rows_of(situation.demos)
-    tokens = megabytes_of(situation.texts) * 1e6 / volume["bytes_per_token"]
+    tokens = megabytes_of(situation.texts, knowledge) * 1e6 / volume["bytes_per_token"]
     share = max(rows / capacity["lora_rows"], tokens / capacity["lora_tokens"])
     return math.log10(share) if share > 0 else -9.0
 
 
 def weigh_model(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> tuple[float, list[str]]:
     """Score a model where it may be chosen freely."""
-    scale = Scale()
+    scale = Scale(knowledge)
     size, model = rule(knowledge, "choice", "size"), rule(knowledge, "choice", "model")
     ceiling = _ceiling(situation, size)
     billions = max(spec.parameters, 1) / 1e9
     points = size["per_doubling"] * math.log2(min(billions, ceiling / 1e9))
     if spec.parameters > ceiling:
         points += size["beyond_per_doubling"] * math.log2(spec.parameters / ceiling)
-    scale.add(points, f"{format_count(spec.parameters)} parameters")
+    scale.add(points, "size", size=format_count(spec.parameters))
     if prefers_base(situation, knowledge) and not spec.instruct:
-        scale.add(model["base_for_text"], "a base model reads on better than one that was taught to chat")
+        scale.add(model["base_for_text"], "base_for_text")
     _weigh_facts(scale, spec, situation, knowledge.models.get(spec.id), model)
     return scale.score, scale.reasons
 
@@ -121,21 +118,21 @@ def _weigh_facts(
     if facts.released:
         year, _, month = facts.released.partition("-")
         age = int(year) + (int(month or 1) - 1) / 12 - EPOCH_YEAR
-        scale.add(rules["newer_per_year"] * age, f"released {facts.released}")
+        scale.add(rules["newer_per_year"] * age, "released", date=facts.released)
     wanted = {*situation.goal.tasks, situation.task_kind}
     if len(situation.languages) > 1:
         wanted.add("multilingual")
     strong = [word for word in facts.strengths if word in wanted]
     if strong:
-        scale.add(rules["strength"], f"good at {', '.join(sorted(strong))}")
+        scale.add(rules["strength"], "good_at", strengths=", ".join(sorted(strong)))
     known = {code.lower() for code in spec.languages}
     missing = [code for code in situation.languages if code not in known]
     if missing and situation.languages:
         weight = 0.5 if "multilingual" in facts.strengths else 1.0
         share = len(missing) / len(situation.languages)
-        scale.add(-rules["language_missing"] * weight * share, f"not known for {', '.join(missing)}")
+        scale.add(-rules["language_missing"] * weight * share, "not_known_for", languages=", ".join(missing))
     elif len(situation.languages) > 1:
-        scale.add(0.0, f"knows {', '.join(situation.languages)}")
+        scale.add(0.0, "knows", languages=", ".join(situation.languages))
     scale.add(rules["gated"] if facts.gated else 0.0)
     scale.add(0.0 if facts.verified else rules["unverified"])
     if facts.licence_note and facts.commercial:
@@ -145,17 +142,15 @@ def _weigh_facts(
 def weigh_substitute(
     spec: ModelSpec, asked: ModelSpec, situation: Situation, knowledge: Knowledge
 ) -> tuple[float, list[str]]:
-    """Score a model that stands in for the one asked for: near in size, and of the same maker where possible."""
-    rules, scale = rule(knowledge, "choice", "model"), Scale()
+    """Score a model that stands in for the one asked for: near in size, of the same maker if possible."""
+    rules, scale = rule(knowledge, "choice", "model"), Scale(knowledge)
     distance = abs(math.log2(max(spec.parameters, 1) / max(asked.parameters, 1)))
-    scale.add(
-        -rules["nearness_per_doubling"] * distance,
-        f"{format_count(spec.parameters)} parameters beside {format_count(asked.parameters)}",
-    )
+    size, other = format_count(spec.parameters), format_count(asked.parameters)
+    scale.add(-rules["nearness_per_doubling"] * distance, "size_beside", size=size, asked=other)
     if base_twin(spec.id, asked.id):
-        scale.add(rules["twin"], "the instruct twin of the one asked for")
+        scale.add(rules["twin"], "twin")
     if maker(spec.id) == maker(asked.id):
-        scale.add(rules["same_maker"], "of the same maker as the one asked for")
+        scale.add(rules["same_maker"], "same_maker")
     _weigh_facts(scale, spec, situation, knowledge.models.get(spec.id), rules)
     return scale.score, scale.reasons
 
@@ -169,4 +164,6 @@ def prefers_base(situation: Situation, knowledge: Knowledge) -> bool:
     """True when there is so much text to read on that a base model is the better start."""
     if not situation.texts:
         return False
-    return megabytes_of(situation.texts) >= float(rule(knowledge, "data", "text_volume")["mixed_below_mb"])
+    return megabytes_of(situation.texts, knowledge) >= float(
+        rule(knowledge, "data", "text_volume")["mixed_below_mb"]
+    )
