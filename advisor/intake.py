@@ -161,8 +161,10 @@ def _spec(inputs: Inputs, knowledge: Knowledge) -> ModelSpec | None:
     given = inputs.model
     if given == "auto":
         return None
-    if given == "starter" or Path(given).exists():
+    if given == "starter":
         return read_model(given, offline=inputs.offline, knowledge=knowledge)
+    if Path(given).exists():
+        return read_model(str(Path(given).resolve()), offline=inputs.offline, knowledge=knowledge)
     known = spec_for(given, knowledge)
     if known is not None:
         return None
