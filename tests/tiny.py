@@ -81,14 +81,15 @@ def make_tiny_model(
         layers: Number of blocks.
         seed: Of the weights.
         dtype: "float32" or "bfloat16", of the stored weights.
-        tokenizer: "gpt2", "llama3", "qwen2" (split patterns) or "qwen2-nfc"; None takes the family's.
+        tokenizer: "gpt2", "llama3", "qwen2" (split patterns) or "qwen2-nfc" (composes accents first, as Qwen
+            does); None takes the family's.
         config: Entries that replace those of config.json.
 
     Returns:
         The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kind = tokenizer or {"qwen2": "qwen2", "qwen3": "qwen2"}.get(architecture, "gpt2")
+    kind = tokenizer or {"qwen2": "qwen2-nfc", "qwen3": "qwen2-nfc"}.get(architecture, "gpt2")
     ids = _write_tokenizer(folder, kind=kind, vocab=vocab, chat_template=chat_template)
     settings = _config(
         architecture, tied=tied, vocab=vocab, hidden=hidden, layers=layers, ids=ids, dtype=dtype

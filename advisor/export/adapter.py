@@ -21,10 +21,11 @@ from advisor.export.checkpoint import Checkpoint, Floats, Rows, open_checkpoint,
 _PREFIX = "base_model.model."
 _EVERYTHING = slice(None)
 _WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version",
-    "r", "rank_pattern", "revision", "target_modules", "task_type", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "qalora_group_size", "runtime_config", "init_lora_weights",
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save",
+    "peft_type", "peft_version", "r", "rank_pattern", "revision", "target_modules", "task_type",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
+    "init_lora_weights",
 }  # fmt: skip
 _READ = {"lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"}
 _CHANGED_BASE = {"pissa", "olora", "corda", "loftq", "lora_ga"}
@@ -91,7 +92,7 @@ class Merged:
         if adapter is not None:
             if tied and adapter.unties and adapter.ties_weights:
                 raise ExportError(
-                    "The adapter changes the shared embedding with ensure_weight_tying; that is not merged here.",
+                    "The adapter changes the shared embedding with ensure_weight_tying; not merged here.",
                     "Merge it with peft (merge_and_unload), save the model and export that folder.",
                 )
             self._check(adapter)

@@ -30,7 +30,8 @@ _ROPE_FIELDS = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
-        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate",
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+        "truncate",
     },
 }  # fmt: skip
 MetaValue = int | float | bool | str

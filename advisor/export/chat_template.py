@@ -1,4 +1,4 @@
-"""Finds and renders the chat template of a model folder: what ends a turn, whether it is ChatML.
+"""Finds the chat template of a model folder and asks it about sample conversations.
 
 Goes in: the folder, or the Jinja source. Comes out: text. Never does: run a template outside the sandbox.
 """
@@ -6,20 +6,13 @@ Goes in: the folder, or the Jinja source. Comes out: text. Never does: run a tem
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import orjson
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from advisor import templates
 from advisor.errors import ModelError
 from advisor.export.checkpoint import read_json
-
-_ANSWER = "ANSWERTEXT"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +21,6 @@ class Conversation:
 
     messages: tuple[dict[str, str], ...]
     generation_prompt: bool = True
-
-    @staticmethod
-    def single() -> Conversation:
-        """Return one question."""
-        return Conversation(messages=({"role": "user", "content": "Hello"},))
 
     @staticmethod
     def samples() -> tuple[Conversation, ...]:
@@ -46,14 +34,6 @@ class Conversation:
             Conversation(messages=(system, user)),
             Conversation(messages=(system, user, answer, more, answer), generation_prompt=False),
         )
-
-
-def strip_generation_markers(template: str) -> str:
-    """Remove the markers that only training needs.
-
-    A comment takes the place of each, because it trims the white space around it just as the marker did.
-    """
-    return re.sub(r"\{%([+-]?)\s*(?:end)?generation\s*([+-]?)%\}", r"{#\1 \2#}", template)
 
 
 def read_template(folder: Path) -> str | None:
@@ -80,59 +60,36 @@ def read_template(folder: Path) -> str | None:
     return None
 
 
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return orjson.dumps(value, option=orjson.OPT_INDENT_2 if indent else 0).decode()
+def token_text(settings: dict[str, Any], name: str) -> str | None:
+    """Return the text of `bos_token` and its like in tokenizer_config.json."""
+    value = settings.get(name)
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
 
 
 def render(template: str, settings: dict[str, Any], conversation: Conversation) -> str:
-    """Render a template as transformers does.
-
-    Args:
-        template: Jinja source without generation markers.
-        settings: tokenizer_config.json, whose special tokens the template may use.
-        conversation: what was said.
+    """Render a conversation with the special tokens of tokenizer_config.json.
 
     Raises:
         ModelError: the template refuses this conversation or is no Jinja.
     """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    return templates.render(
+        template,
+        conversation.messages,
+        add_generation_prompt=conversation.generation_prompt,
+        bos_token=token_text(settings, "bos_token") or "",
+        eos_token=token_text(settings, "eos_token") or "",
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    tokens = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if key.endswith("_token") and value
-    }
-    try:
-        return environment.from_string(template).render(
-            messages=list(conversation.messages),
-            add_generation_prompt=conversation.generation_prompt,
-            tools=None,
-            documents=None,
-            **tokens,
-        )
-    except jinja2.TemplateError as problem:
-        raise ModelError(
-            f"The chat template cannot be rendered: {problem}", "Mend the template."
-        ) from problem
 
 
 def end_of_turn(template: str, settings: dict[str, Any], tokens: Iterable[str]) -> str | None:
     """Return the token that the template puts right after an answer, the longest that fits, or None."""
-    messages = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": _ANSWER})
-    text = render(template, settings, Conversation(messages=messages, generation_prompt=False))
-    _, found, after = text.rpartition(_ANSWER)
-    after = after.lstrip()
-    if not found or not after:
-        return None
-    fitting = [token for token in tokens if len(token) > 2 and after.startswith(token)]
+    after = templates.end_of_turn(
+        template,
+        bos_token=token_text(settings, "bos_token") or "",
+        eos_token=token_text(settings, "eos_token") or "",
+    )
+    fitting = [token for token in tokens if len(token) > 2 and (after or "").startswith(token)]
     return max(fitting, key=len, default=None)
 
 

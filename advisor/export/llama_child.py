@@ -70,7 +70,8 @@ def inspect(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         model.reset()
         model.eval(ids)
         arrays[str(number)] = np.array(model.scores[: len(ids)], dtype=np.float32)
-    answer["greedy"] = [_greedy(model, ids, request["greedy_tokens"]) for ids in request["prompts"]]
+    count, ends = request["greedy_tokens"], set(request["ends"])
+    answer["greedy"] = [_greedy(model, ids, count, ends) for ids in request["prompts"]]
     return answer, arrays
 
 
@@ -92,14 +93,15 @@ def _render(model: llama_cpp.Llama, conversation: dict[str, Any]) -> str | None:
         return None
 
 
-def _greedy(model: llama_cpp.Llama, ids: list[int], count: int) -> list[int]:
+def _greedy(model: llama_cpp.Llama, ids: list[int], count: int, ends: set[int]) -> list[int]:
+    """Continue by the likeliest token each, up to one of `ends`."""
     model.reset()
     model.eval(ids)
     found: list[int] = []
     while len(found) < count:
         token = int(np.argmax(model.scores[model.n_tokens - 1]))
         found.append(token)
-        if llama_cpp.llama_vocab_is_eog(model._model.vocab, token) or len(found) == count:
+        if token in ends or len(found) == count:
             break
         model.eval([token])
     return found

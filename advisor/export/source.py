@@ -13,6 +13,7 @@ from typing import Any
 
 from advisor.errors import InputError, ModelError
 from advisor.export.checkpoint import read_json
+from advisor.probe.hub import fetch_model
 from advisor.resources import starter_dir
 from advisor.storage import read_record
 from advisor.types import Recipe, RecipeModel, Record
@@ -114,7 +115,5 @@ def _base(model: RecipeModel, near: Path, *, offline: bool, on_progress: Callabl
             f"The base model of this adapter was in {model.path}, which is not there any more.",
             "Put it back, or correct model.path in recipe.yaml.",
         )
-    from advisor.probe.model import model_files
-
     on_progress(f"looking for the base model {model.id}")
-    return Path(model_files(model.id, revision=model.revision, offline=offline))
+    return fetch_model(model.id, revision=model.revision, offline=offline).path

@@ -12,15 +12,10 @@ from typing import Any
 import gguf
 
 from advisor.errors import ExportError, ModelError
-from advisor.export.chat_template import (
-    Conversation,
-    end_of_turn,
-    read_template,
-    render,
-    strip_generation_markers,
-)
+from advisor.export.chat_template import Conversation, end_of_turn, read_template, render, token_text
 from advisor.export.checkpoint import read_json
 from advisor.export.rules import rules
+from advisor.templates import strip_generation_markers
 from advisor.types import Record
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = (
@@ -89,7 +84,7 @@ def read_vocabulary(tokenizer: Path, model: Path, *, rows: int) -> Vocabulary:
     if (
         add_bos
         and plain is not None
-        and not render(plain, settings, Conversation.single()).startswith(str(starts))
+        and not render(plain, settings, Conversation.samples()[0]).startswith(str(starts))
     ):
         add_bos = False
         notes += (f"{starts} is not put before a prompt by itself: the chat template was trained without it",)
@@ -105,9 +100,8 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _special(settings: dict[str, Any], name: str, ids: dict[str, int]) -> int | None:
-    value = settings.get(name)
-    text = value.get("content") if isinstance(value, dict) else value
-    return ids.get(text) if isinstance(text, str) else None
+    text = token_text(settings, name)
+    return None if text is None else ids.get(text)
 
 
 def _end_ids(
@@ -135,7 +129,7 @@ def _end_ids(
 
 
 def _end_slot(end_ids: tuple[int, ...], tokens: tuple[str, ...]) -> int:
-    """Return the id for the end-of-turn slot: one that llama.cpp does not know by its text, else the trained."""
+    """Return the id for the end-of-turn slot: one that llama.cpp does not know by its text, or the first."""
     known = set(rules().end_tokens.known)
     strange = [i for i in end_ids[1:] if tokens[i] not in known]
     if len(strange) > 1:
@@ -156,7 +150,7 @@ def _tokens(data: dict[str, Any], rows: int) -> tuple[tuple[str, ...], tuple[int
         strict = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
         if strict:
             raise ExportError(
-                f"The token {token['content']!r} is matched with {', '.join(strict)}; llama.cpp does not do that.",
+                f"The token {token['content']!r} is matched with {', '.join(strict)}; llama.cpp does not.",
                 _REMEDY,
             )
         texts[token["id"]] = token["content"]

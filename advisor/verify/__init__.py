@@ -1,0 +1,217 @@
+"""Proves that a GGUF file answers as the trained model does.
+
+Goes in: the file, the run or model folder it was made from, held-out rows. Comes out: `Verification`, also
+written beside the file. Never does: compare with our own merge: the reference is transformers and peft.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from advisor.errors import ExportError, MissingPackageError
+from advisor.export.architecture import ModelPlan, plan_model
+from advisor.export.chat_template import Conversation
+from advisor.export.native import Arrays, run_llama
+from advisor.export.source import Trained, find_trained
+from advisor.export.tokenizer import Vocabulary, read_vocabulary
+from advisor.storage import write_json
+from advisor.types import Check, Verification
+from advisor.verify.bounds import VerifyRules, verify_rules
+from advisor.verify.contents import Contents, DamagedError, check_magic, read_contents
+from advisor.verify.samples import heldout_rows, probe_texts, read_conversations
+
+if TYPE_CHECKING:
+    from advisor.verify.reference import Questions, Reference
+
+__all__ = ["heldout_rows", "verify_gguf"]
+
+
+def _silent(_: str) -> None:
+    """Say nothing."""
+
+
+def verify_gguf(
+    gguf: Path,
+    *,
+    against: Path,
+    rows: Sequence[Path] = (),
+    offline: bool = False,
+    on_progress: Callable[[str], None] = _silent,
+) -> Verification:
+    """Compare a GGUF file with the model that it was made from.
+
+    Args:
+        gguf: The file.
+        against: Run folder, adapter folder or Hugging Face folder.
+        rows: Files of held-out rows whose logits are compared; without any, built-in texts are.
+        offline: Never ask the hub for the base model.
+        on_progress: Told in a few words what is being done.
+
+    Returns:
+        One check for each aspect; also written as `<file>.verification.json`.
+
+    Raises:
+        InputError: the file is missing or no GGUF, or the folder is not usable.
+        ModelError: the trained model cannot be loaded.
+    """
+    check_magic(gguf)
+    _need_packages()
+    trained = find_trained(against, offline=offline, on_progress=on_progress)
+    try:
+        file = read_contents(gguf)
+        checks = _checks(gguf, file, trained, tuple(rows), on_progress)
+        quant = file.quant
+    except DamagedError as problem:
+        quant = "unknown"
+        damaged = Check(name="metadata", passed=False, measured={}, bound={}, evidence=str(problem))
+        checks = (damaged,)
+    proof = Verification(
+        passed=all(check.passed for check in checks),
+        gguf=str(gguf),
+        against=str(against),
+        quant=quant,
+        checks=checks,
+    )
+    write_json(gguf.with_name(f"{gguf.stem}.verification.json"), proof)
+    return proof
+
+
+def _need_packages() -> None:
+    wanted = {"torch": "train", "transformers": "train", "peft": "train", "gguf": "gguf", "llama_cpp": "gguf"}
+    for module, extra in wanted.items():
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackageError(module, extra)
+
+
+def _checks(
+    gguf: Path, file: Contents, trained: Trained, rows: tuple[Path, ...], on_progress: Callable[[str], None]
+) -> tuple[Check, ...]:
+    # peft imports bitsandbytes, which warns that it would be faster with a package that we do not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # torch takes seconds to import, and `verify --help` must not wait for it.
+    from advisor.verify import checks, tensors
+
+    rules = verify_rules()
+    config = trained.config
+    vocabulary = read_vocabulary(Path(trained.tokenizer), Path(trained.base), rows=config["vocab_size"])
+    on_progress("loading the trained model to compare with")
+    questions, reference = _reference(trained, rows, probe_texts(rules, vocabulary))
+    tied = bool(config.get("tie_word_embeddings", False))
+    plan = plan_model(config, own_head=not tied or _is_untied(reference))
+    early = (
+        checks.metadata(plan, vocabulary, file),
+        tensors.check_tensors(plan, file, reference, rules.tensors),
+    )
+    on_progress(f"asking {gguf.name}")
+    try:
+        answer, arrays = _ask(gguf, questions, reference, vocabulary, rules)
+    except ExportError as problem:
+        return (*early, Check(name="logits", passed=False, measured={}, bound={}, evidence=problem.message))
+    return (*_late(file, plan, vocabulary, questions, reference, answer, arrays, rules), *early)
+
+
+def _late(
+    file: Contents,
+    plan: ModelPlan,
+    vocabulary: Vocabulary,
+    questions: Questions,
+    reference: Reference,
+    answer: dict[str, Any],
+    arrays: Arrays,
+    rules: VerifyRules,
+) -> tuple[Check, ...]:
+    """Judge what llama.cpp answered."""
+    from advisor.verify import checks
+
+    bounds = (
+        rules.logits.get(file.quant) or rules.logits[max(rules.logits, key=lambda k: rules.logits[k].kl_mean)]
+    )
+    count = len(questions.texts)
+    got = [arrays[str(number)] for number in range(len(reference.sequences))]
+    logits = checks.logits(reference.logits, got, bounds)
+    tie = 2 * min(float(values["max_delta"] or 0.0) for values in (logits.measured, logits.bound))
+    template = file.fields.get("tokenizer.chat_template")
+    return (
+        checks.token_ids(questions, reference, answer["token_ids"][:count], vocabulary.normaliser),
+        logits,
+        checks.greedy_text(reference, answer["greedy"], bounds, tie),
+        checks.chat_template(
+            questions,
+            reference,
+            answer["rendered"],
+            answer["token_ids"][count:],
+            vocabulary.chat_template,
+            template,
+        ),
+        checks.special_tokens(vocabulary, reference, file, answer, questions),
+    )
+
+
+def _ask(
+    gguf: Path, questions: Questions, reference: Reference, vocabulary: Vocabulary, rules: VerifyRules
+) -> tuple[dict[str, Any], Arrays]:
+    from advisor.verify.reference import compose
+
+    rendered = [text for text in reference.rendered if text is not None]
+    texts = [*questions.texts, *rendered]
+    if vocabulary.normaliser is not None:
+        texts = [compose(text) for text in texts]
+    longest = max(len(ids) for ids in (*reference.sequences, *reference.prompts))
+    return run_llama(
+        {
+            "do": "inspect",
+            "gguf": str(gguf),
+            "context": longest + rules.samples.greedy_tokens + 8,
+            "texts": texts,
+            "with_bos": rendered,
+            "conversations": [
+                {"messages": list(c.messages), "generation_prompt": c.generation_prompt}
+                for c in questions.conversations
+            ],
+            "sequences": reference.sequences,
+            "prompts": reference.prompts,
+            "greedy_tokens": rules.samples.greedy_tokens,
+            "ends": reference.ends,
+        }
+    )
+
+
+def _is_untied(reference: Reference) -> bool:
+    """Whether training parted the output layer from the embedding."""
+    embedding, head = reference.weights["model.embed_tokens.weight"], reference.weights.get("lm_head.weight")
+    return head is not None and head.data_ptr() != embedding.data_ptr() and not bool(head.equal(embedding))
+
+
+def _reference(
+    trained: Trained, rows: tuple[Path, ...], texts: tuple[str, ...]
+) -> tuple[Questions, Reference]:
+    """Ask the trained model; the files of one export share its answers."""
+    places = (trained.base, trained.adapter, trained.tokenizer, *map(str, rows))
+    stamps = tuple(_stamp(Path(place)) for place in places if place is not None)
+    return _asked(trained, rows, texts, stamps)
+
+
+def _stamp(path: Path) -> float:
+    files = path.iterdir() if path.is_dir() else [path]
+    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
+
+
+@functools.lru_cache(maxsize=1)
+def _asked(
+    trained: Trained, rows: tuple[Path, ...], texts: tuple[str, ...], stamps: tuple[float, ...]
+) -> tuple[Questions, Reference]:
+    from advisor.verify.reference import Questions, load_reference
+
+    rules = verify_rules()
+    questions = Questions(
+        texts=texts,
+        conversations=Conversation.samples(),
+        rows=tuple(read_conversations(rows)),
+        prompts=rules.probe.prompts,
+    )
+    return questions, load_reference(trained, questions, rules.samples)

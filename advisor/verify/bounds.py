@@ -1,0 +1,84 @@
+"""The bounds and probe texts of kb/rules/verify.toml as records.
+
+Goes in: the knowledge base. Comes out: `VerifyRules`. Never does: loosen a bound.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import msgspec
+
+from advisor.errors import KnowledgeError
+from advisor.knowledge import load
+from advisor.types import Record
+
+
+class Samples(Record, frozen=True, kw_only=True):
+    """How much is compared."""
+
+    least_positions: int
+    most_positions: int
+    row_tokens: int
+    greedy_prompts: int
+    greedy_tokens: int
+    source: str
+    checked: str
+
+
+class LogitBounds(Record, frozen=True, kw_only=True):
+    """What one quantisation may cost."""
+
+    kl_mean: float
+    kl_max: float
+    max_delta: float
+    """For logits with a standard deviation of up to 2; grows with it above."""
+    top1: float
+    exact_text: bool
+    """Whether greedy text must be the same, ties apart."""
+    source: str
+    checked: str
+
+
+class Probe(Record, frozen=True, kw_only=True):
+    """Texts that show differences between tokenizers, and questions to answer."""
+
+    texts: tuple[str, ...]
+    prompts: tuple[str, ...]
+    source: str
+    checked: str
+
+
+class TensorBounds(Record, frozen=True, kw_only=True):
+    """Relative root mean square that a tensor type may lose, and how well an adapter must show."""
+
+    types: dict[str, float]
+    adapter_share_low: float
+    adapter_share_high: float
+    adapter_share_noise: float
+
+
+class VerifyRules(Record, frozen=True, kw_only=True):
+    """All of kb/rules/verify.toml."""
+
+    samples: Samples
+    logits: dict[str, LogitBounds]
+    tensors: TensorBounds
+    probe: Probe
+
+
+@functools.cache
+def verify_rules() -> VerifyRules:
+    """Return the verification rules of this installation.
+
+    Raises:
+        KnowledgeError: the file is missing or has a wrong key.
+    """
+    try:
+        given = dict(load().rules["verify"])
+        table = {key: value for key, value in given["tensors"].items() if key not in ("source", "checked")}
+        named = TensorBounds.__struct_fields__[1:]
+        given["tensors"] = {key: table.pop(key) for key in named} | {"types": table}
+        return msgspec.convert(given, type=VerifyRules)
+    except (KeyError, msgspec.ValidationError) as problem:
+        raise KnowledgeError(f"kb/rules/verify.toml: {problem}", "See advisor/verify/bounds.py.") from problem

@@ -1,0 +1,224 @@
+"""What the trained model itself says: token ids, rendered prompts, logits, greedy text, weights.
+
+Goes in: base, adapter and tokenizer folders. Comes out: `Reference`, computed by transformers and peft in
+float32, with the adapter live. Never does: use our own merge or our own tokenizer reading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from advisor.errors import ModelError
+from advisor.export.architecture import EMBEDDING, HEAD
+from advisor.export.chat_template import Conversation
+from advisor.export.native import free_threads
+from advisor.export.source import Trained
+from advisor.verify.bounds import Samples
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What both sides are asked."""
+
+    texts: tuple[str, ...]
+    conversations: tuple[Conversation, ...]
+    rows: tuple[Conversation | str, ...]
+    """Held-out rows to score."""
+    prompts: tuple[str, ...]
+    """Questions to continue greedily."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Reference:
+    """The trained model's answers, and the model with its adapter merged by peft."""
+
+    token_ids: list[list[int]]
+    rendered: list[str | None]
+    rendered_ids: list[list[int] | None]
+    sequences: list[list[int]]
+    logits: list[Floats]
+    prompts: list[list[int]]
+    greedy: list[list[int]]
+    ends: list[int]
+    """Tokens that end a greedy continuation."""
+    gaps: list[list[float]]
+    """For each greedy token, by how much its logit leads the second."""
+    special: dict[str, int | None]
+    weights: dict[str, torch.Tensor]
+    deltas: dict[str, Callable[[], torch.Tensor]]
+    """Parameter -> what a low-rank adapter adds to it."""
+
+    def weight(self, name: str) -> Floats:
+        """Return a trained parameter."""
+        found: Floats = self.weights[name].numpy()
+        return found
+
+
+def load_reference(trained: Trained, questions: Questions, samples: Samples) -> Reference:
+    """Load the trained model in float32 and ask it everything.
+
+    Raises:
+        ModelError: transformers or peft cannot load it.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, free_threads()))
+    try:
+        tokenizer, model = _load(trained)
+        ends = _end_ids(model, tokenizer)
+        sequences = list(_sequences(tokenizer, questions, samples))
+        prompts = [_prompt_ids(tokenizer, text) for text in questions.prompts[: samples.greedy_prompts]]
+        with torch.inference_mode():
+            logits = [model(torch.tensor([ids])).logits[0].float().numpy() for ids in sequences]
+            continued = [_greedy(model, ids, samples.greedy_tokens, ends) for ids in prompts]
+        rendered = [_render(tokenizer, conversation) for conversation in questions.conversations]
+        weights, deltas = _weights(model)
+        return Reference(
+            token_ids=[_ids(tokenizer, text) for text in questions.texts],
+            rendered=rendered,
+            rendered_ids=[None if text is None else _ids(tokenizer, text) for text in rendered],
+            sequences=sequences,
+            logits=logits,
+            prompts=prompts,
+            greedy=[tokens for tokens, _ in continued],
+            ends=sorted(ends),
+            gaps=[gaps for _, gaps in continued],
+            special={name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+            weights=weights,
+            deltas=deltas,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def _load(trained: Trained) -> tuple[Any, Any]:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(trained.tokenizer, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            trained.base, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        )
+        if trained.adapter is not None:
+            model = PeftModel.from_pretrained(model, trained.adapter)
+    except (OSError, ValueError, RuntimeError, KeyError) as problem:
+        raise ModelError(
+            f"The trained model cannot be loaded to compare with: {problem}",
+            "Check the folder; for an adapter, that it belongs to this base.",
+        ) from problem
+    return tokenizer, model.eval()
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _render(tokenizer: Any, conversation: Conversation) -> str | None:
+    """Return the rendered conversation, or None where there is no template or it refuses."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(conversation.messages),
+                tokenize=False,
+                add_generation_prompt=conversation.generation_prompt,
+            )
+        )
+    except jinja2.TemplateError:
+        return None
+
+
+def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    asked = Conversation(messages=({"role": "user", "content": text},))
+    return _ids(tokenizer, _render(tokenizer, asked) or text)
+
+
+def _sequences(tokenizer: Any, questions: Questions, samples: Samples) -> Iterator[list[int]]:
+    """Yield token ids to score: held-out rows first, then the sample conversations and probe texts."""
+    positions = 0
+    filler: list[Conversation | str] = [
+        *questions.conversations,
+        " ".join(questions.texts[:40]),
+        " ".join(questions.texts[40:]),
+    ]
+    for number, row in enumerate([*questions.rows, *filler]):
+        if positions >= samples.most_positions or (
+            number >= len(questions.rows) + 2 and positions >= samples.least_positions
+        ):
+            return
+        text = row if isinstance(row, str) else _render(tokenizer, row)
+        if text is None and not isinstance(row, str):
+            text = "\n".join(message["content"] for message in row.messages)
+        ids = _ids(tokenizer, text or "")[: min(samples.row_tokens, samples.most_positions - positions)]
+        if len(ids) > 1:
+            positions += len(ids)
+            yield ids
+
+
+def _end_ids(model: Any, tokenizer: Any) -> set[int]:
+    named = model.generation_config.eos_token_id
+    found = set(named) if isinstance(named, list) else {named}
+    return {i for i in found | {tokenizer.eos_token_id} if i is not None}
+
+
+def _greedy(model: Any, ids: list[int], count: int, ends: set[int]) -> tuple[list[int], list[float]]:
+    """Continue by the likeliest token each; also return by how much it led."""
+    given = torch.tensor([ids])
+    made = model.generate(
+        input_ids=given,
+        attention_mask=torch.ones_like(given),
+        do_sample=False,
+        max_new_tokens=count,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = [torch.topk(step[0].float(), 2).values.tolist() for step in made.logits]
+    return made.sequences[0, len(ids) :].tolist(), [first - second for first, second in best]
+
+
+def _weights(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Callable[[], torch.Tensor]]]:
+    """Return all parameters, with the adapter merged in place by peft, and what it adds to each."""
+    if not isinstance(model, PeftModel):
+        return dict(model.state_dict()), {}
+    base = model.get_base_model()
+    ends = _live_ends(base) if base.config.tie_word_embeddings else {}
+    deltas: dict[str, Callable[[], torch.Tensor]] = {
+        f"{name}.weight": functools.partial(module.get_delta_weight, "default")
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and not module.use_dora.get("default")
+    }
+    with torch.inference_mode():
+        weights = dict(model.merge_and_unload(safe_merge=True).state_dict()) | ends
+    return {name: tensor.detach() for name, tensor in weights.items()}, deltas
+
+
+def _live_ends(base: Any) -> dict[str, torch.Tensor]:
+    """Return embedding and output layer as used, where an adapter parts them: merging would mix them."""
+    inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
+    if type(inputs) is torch.nn.Embedding and type(outputs) is torch.nn.Linear:
+        return {}
+    with torch.inference_mode():
+        embedding = inputs(torch.arange(base.config.vocab_size)).float().clone()
+        head = outputs(torch.eye(base.config.hidden_size)).float().T.clone()
+    return {EMBEDDING: embedding, HEAD: head}
+
+
+def compose(text: str) -> str:
+    """Return the text with composed accents (NFC)."""
+    return unicodedata.normalize("NFC", text)

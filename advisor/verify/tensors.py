@@ -1,0 +1,116 @@
+"""Compares every tensor of the file with the one that training left, each within its type's loss.
+
+Goes in: the file, the plan, the reference weights. Comes out: one `Check`. Never does: trust logits to show a
+dropped bias or a weaker adapter: those hide below the noise of a quantisation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from advisor.export.architecture import ModelPlan, PlannedTensor, rope_tensor, row_order
+from advisor.types import Check
+from advisor.verify.bounds import TensorBounds
+from advisor.verify.contents import Contents
+from advisor.verify.reference import Reference
+
+
+def check_tensors(plan: ModelPlan, file: Contents, reference: Reference, bounds: TensorBounds) -> Check:
+    """Return whether the set is complete, finite, and each tensor close to what was trained."""
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    rope = rope_tensor(plan)
+    expected = set(planned) | ({rope[0]} if rope else set())
+    wrong = [f"{name} is missing" for name in sorted(expected - set(file.tensors))]
+    wrong += [f"{name} does not belong there" for name in sorted(set(file.tensors) - expected)]
+    worst, worst_name, shares = 0.0, "", list[float]()
+    for name in sorted(expected & set(file.tensors)):
+        tensor = planned.get(name)
+        kind = file.tensors[name].tensor_type.name
+        if tensor is not None and file.shape(name) != tensor.shape:
+            wrong.append(f"{name} has the shape {file.shape(name)} instead of {tensor.shape}")
+            continue
+        if tensor is None:
+            loss, share = _vector_loss(file, name, rope), None
+        else:
+            loss, share = _compare(file, tensor, reference, bounds)
+        bound = bounds.types.get(kind)
+        if bound is None or not loss <= bound:
+            limit = "this type is not known" if bound is None else f"{kind} may lose {bound:.2g}"
+            wrong.append(f"{name} differs by {loss:.3g} of its size; {limit}")
+        elif loss / bound >= worst:
+            worst, worst_name = loss / bound, name
+        if share is not None:
+            shares.append(share)
+            if not bounds.adapter_share_low <= share <= bounds.adapter_share_high:
+                wrong.append(f"{name} holds {share:.2f} times what the adapter adds")
+    return _verdict(wrong, len(expected), worst, worst_name, shares, bounds)
+
+
+def _verdict(
+    wrong: list[str], count: int, worst: float, worst_name: str, shares: list[float], bounds: TensorBounds
+) -> Check:
+    told = f"{count} tensors; the worst, {worst_name}, lost {100 * worst:.0f} % of what its type may"
+    if shares:
+        told += f"; adapter present {min(shares):.3f} to {max(shares):.3f} times in {len(shares)} tensors"
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return Check(
+        name="tensors",
+        passed=not wrong,
+        evidence=("; ".join(wrong[:3]) + more) if wrong else told,
+        measured={
+            "tensors": count,
+            "wrong": len(wrong),
+            "worst_share_of_bound": round(worst, 4),
+            "adapter_share_low": min(shares) if shares else None,
+            "adapter_share_high": max(shares) if shares else None,
+        },
+        bound={
+            "wrong": 0,
+            "worst_share_of_bound": 1.0,
+            "adapter_share_low": bounds.adapter_share_low if shares else None,
+            "adapter_share_high": bounds.adapter_share_high if shares else None,
+        },
+    )
+
+
+def _compare(
+    file: Contents, tensor: PlannedTensor, reference: Reference, bounds: TensorBounds
+) -> tuple[float, float | None]:
+    """Return the relative loss, and how much of the adapter's change is there where that can be told.
+
+    The share is one plus the projection of the difference on the change: noise of the type averages out over
+    the entries, so that even in four bits a mis-scaled adapter shows.
+    """
+    want = reference.weight(tensor.origin)
+    delta = reference.deltas.get(tensor.origin)
+    change = None if delta is None else delta().numpy()
+    order = row_order(tensor.shape[0], tensor.heads) if tensor.heads else np.arange(tensor.shape[0])
+    lost = size = along = length = 0.0
+    for rows, have in file.parts(tensor.name):
+        wanted: npt.NDArray[np.float32] = want[order[rows]]
+        difference = have.reshape(wanted.shape).astype(np.float64) - wanted
+        lost += float((difference**2).sum())
+        size += float((wanted.astype(np.float64) ** 2).sum())
+        if change is not None:
+            part = change[order[rows]].astype(np.float64)
+            along += float((difference * part).sum())
+            length += float((part**2).sum())
+    loss = math.sqrt(lost / size) if size else (0.0 if lost == 0 else math.inf)
+    if not length:
+        return loss, None
+    noise = bounds.types.get(file.tensors[tensor.name].tensor_type.name, 1.0) * math.sqrt(
+        size / math.prod(tensor.shape) / length
+    )
+    return loss, (1 + along / length if noise <= bounds.adapter_share_noise else None)
+
+
+def _vector_loss(file: Contents, name: str, rope: tuple[str, npt.NDArray[np.float32]] | None) -> float:
+    if rope is None:
+        return math.inf
+    have = np.concatenate([part for _, part in file.parts(name)])
+    if have.shape != rope[1].shape:
+        return math.inf
+    return float(np.linalg.norm(have - rope[1]) / np.linalg.norm(rope[1]))
