@@ -10,12 +10,13 @@ widths, a bytes of an activation entry, s bytes of an entry of the residual stre
 
 from __future__ import annotations
 
-from advisor.estimate.layers import GEMMA, QK_NORM_WHOLE, Layout, Linear, targeted
-from advisor.estimate.tunable import LN_TUNED, LOW_RANK, ia3_targets, tuner_name
+from advisor.estimate.layers import FOUR_NORMS, GEMMA, QK_NORM_WHOLE, Layout, Linear, targeted
+from advisor.estimate.tunable import LOW_RANK, ia3_targets, tuner_name, tunes_norm
 from advisor.types import MemorySettings, ModelSpec
 
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 PAIRED = frozenset({"dpo", "orpo", "simpo", "reward"})
+SOFT_CAPPED = frozenset({"gemma2"})
 OUT_OF_MLP = frozenset({"down_proj", "mlp.c_proj"})
 
 
@@ -99,7 +100,7 @@ def _norms(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
             total += (4 if mixed(settings) else own_type) * width + 8
             continue
         total += 4 * width + 4 * max(1, width // spec.shape.head_dim if name in ("q_norm", "k_norm") else 1)
-        if tuner == "full" or (tuner == "layernorm" and name in LN_TUNED):
+        if tuner == "full" or (tuner == "layernorm" and tunes_norm(spec, name)):
             total += (4 if wide else own_type) * width
     return total
 
@@ -114,10 +115,13 @@ def _attention(spec: ModelSpec, settings: MemorySettings) -> int:
         return round(a * (2 * query + 2 * query * longer)) + shape.heads * (settings.seq_len + prefix) * (
             4 if a == 4 else 6
         )
-    if masked(settings):
-        return round(a * (2 * query + 2 * query * longer)) + 4 * shape.heads + a * settings.seq_len
     fused = a * (query + key) if spec.model_type == "phi3" else 0
-    return round(a * (2 * query + 2 * key * longer)) + 4 * shape.heads + fused
+    if masked(settings) and shape.kv_heads < shape.heads:
+        repeated = query if shape.kv_heads > 1 else key
+        positions = tokens(settings) // rows(settings)
+        return round(a * (2 * query + 2 * repeated * longer)) + 4 * shape.heads + a * positions
+    bias = a * (tokens(settings) // rows(settings)) if masked(settings) else 0
+    return round(a * (2 * query + 2 * key * longer)) + 4 * shape.heads + fused + bias
 
 
 def _mlp(spec: ModelSpec, settings: MemorySettings) -> int:
@@ -167,18 +171,26 @@ def backward_extra_per_token(spec: ModelSpec, plan: Layout, settings: MemorySett
     """Bytes of gradients for each token at the fullest moment of a block's backward: leaving the MLP."""
     tuner, a, s = tuner_name(settings.tuner), compute_bytes(settings), stream_bytes(settings)
     hidden, ffn = spec.shape.hidden, spec.shape.intermediate
-    plain = s * hidden + 3 * a * ffn
+    if spec.model_type in FOUR_NORMS or spec.model_type in QK_NORM_WHOLE:
+        passed = 8 * hidden if tuner in ("full", "layernorm") else 4 * hidden
+        return _leaving_mlp(plan, settings, s * hidden, a * ffn) - passed
+    return _leaving_mlp(plan, settings, s * hidden, a * ffn)
+
+
+def _leaving_mlp(plan: Layout, settings: MemorySettings, stream: int, ffn: int) -> int:
+    """Gradients at that moment, less what the way out of the MLP has let go; a norm after it has passed already."""
+    tuner, a = tuner_name(settings.tuner), compute_bytes(settings)
     if tuner == "full":
-        return s * hidden + 2 * a * ffn
+        return stream + 2 * ffn
     if tuner == "ia3":
-        return s * hidden + 6 * a * ffn
+        return stream + 6 * ffn
     chosen = targeted(plan.linears, settings.target) if tuner in LOW_RANK or tuner == "vera" else ()
     if not any(one.name in OUT_OF_MLP for one in chosen):
-        return plain
-    width = adapter_bytes(settings)
-    if width <= a:
-        return s * hidden + 2 * a * ffn
-    return 5 * a * hidden + 3 * a * ffn if mixed(settings) else 6 * a * hidden + 2 * a * ffn
+        return stream + 3 * ffn
+    if adapter_bytes(settings) <= a:
+        return stream + 2 * ffn
+    hidden = stream // stream_bytes(settings)
+    return 5 * a * hidden + 3 * ffn if mixed(settings) else 6 * a * hidden + 2 * ffn
 
 
 def final_per_token(spec: ModelSpec, settings: MemorySettings) -> int:
@@ -204,7 +216,8 @@ def loss_bytes(spec: ModelSpec, settings: MemorySettings, *, backward: bool) -> 
         return 0
     count, a = tokens(settings), compute_bytes(settings)
     if settings.loss == "full_logits":
-        return count * spec.shape.vocab * ((a + 12) if backward else (a + 8))
+        capped = a if spec.model_type in SOFT_CAPPED else 0
+        return count * spec.shape.vocab * (capped + a + (12 if backward else 8))
     tile = min(count, TILE_TOKENS) * TILE_VOCABULARY * a
     if settings.device == "cpu":
         tile += min(count, TILE_TOKENS) * min(spec.shape.vocab, TILE_VOCABULARY) * 20

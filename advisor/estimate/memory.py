@@ -93,7 +93,8 @@ def _phases(case: _Case) -> dict[str, list[Part]]:
         "forward": [*held, kept, _final(case), *_weight_copies(case), _loss(case, backward=False)],
         "backward:loss": [*held, kept, _final(case), _loss(case, backward=True), _head_gradient(case)],
         "backward:block": [*held, kept, *_block(case), *_pending(case, ends=False)],
-        "backward:end": [*steady, gradients, *_block(case), *_pending(case, ends=True)],
+        "backward:first": [*steady, _gradients_at_first(case, gradients), *_block(case), *_waiting(case)],
+        "backward:end": [*steady, gradients, *_pending(case, ends=True)],
         "optimizer": [*steady, gradients, states.step_copies(case.settings, case.rules, case.trainable)],
         "evaluation": [*steady, _final(case), _loss(case, backward=False)],
     }
@@ -173,21 +174,35 @@ def _head_gradient(case: _Case) -> Part:
     return case.part("head_gradient", each * entries, f"{entries:,} x {each} B")
 
 
+def _gradients_at_first(case: _Case, gradients: Part) -> Part:
+    """Gradients that exist when the backward pass reaches the first block, without earlier micro batches."""
+    if case.settings.accumulate or not act.trains_everything(case.settings):
+        return gradients
+    missing = case.plan.block_weights + case.plan.embedding + case.plan.positions
+    held = max(0, gradients.bytes - missing * states.stored_bytes(case.settings))
+    return Part(name="gradients", bytes=held, formula="of the later blocks", source=gradients.source)
+
+
 def _pending(case: _Case, *, ends: bool) -> list[Part]:
     """Gradients of embedding and output matrix on their way: a tied matrix waits for both of its gradients."""
     if not act.trains_everything(case.settings):
         return []
     size, settings = states.stored_bytes(case.settings), case.settings
-    tied = case.plan.head == 0
-    matrices = 0.0
+    tied, entries = case.plan.head == 0, case.plan.embedding
     if ends:
         matrices = (1 if settings.accumulate else 0) + (1 if tied else 0)
-    elif tied or not settings.accumulate:
-        matrices = 1
-    entries = case.plan.embedding
-    return [
-        case.part("vocabulary_gradient", size * matrices * entries, f"{matrices:g} x {entries:,} x {size} B")
-    ]
+    else:
+        matrices = 1 if tied or not settings.accumulate else 0
+    formula = f"{matrices} x {entries:,} x {size} B"
+    return [case.part("vocabulary_gradient", size * matrices * entries, formula)]
+
+
+def _waiting(case: _Case) -> list[Part]:
+    """At the first block, the gradient of a tied matrix still waits for its second half."""
+    if not act.trains_everything(case.settings) or case.plan.head:
+        return []
+    entries, size = case.plan.embedding, states.stored_bytes(case.settings)
+    return [case.part("vocabulary_gradient", size * entries, f"{entries:,} x {size} B")]
 
 
 def _loss(case: _Case, *, backward: bool) -> Part:
@@ -201,10 +216,10 @@ def _loss(case: _Case, *, backward: bool) -> Part:
 def _load(case: _Case) -> list[Part]:
     plan, settings = case.plan, case.settings
     weights = states.weight_total(plan, settings, case.rules) // states.shards(settings)
-    largest = max((plan.embedding, plan.head, *(one.weights for one in plan.linears)))
+    largest = max(one.weights for one in plan.linears) if settings.weight_bits < 16 else 0
     return [
         Part(name="weights", bytes=weights, formula="base weights", source=case.rules["quantised"]["source"]),
-        case.part("shard", 2 * largest, f"the largest tensor before its conversion: {largest:,} x 2 B"),
+        case.part("unquantised", 2 * largest, f"the largest matrix before its conversion: {largest:,} x 2 B"),
     ]
 
 

@@ -18,7 +18,8 @@ ALIASES = {
     "layer_norm": "layernorm", "bottleneck": "adapter", "houlsby": "adapter", "ia_3": "ia3",
 }  # fmt: skip
 IA3_QUERY_VALUE = frozenset({"qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"})
-LN_TUNED = frozenset({"input_layernorm", "post_attention_layernorm"})
+POST_ATTENTION_ONLY = frozenset({"qwen2", "qwen3"})
+EVERY_NORM = frozenset({"gemma2", "gemma3_text", "gpt2"})
 
 
 def tuner_name(tuner: str) -> str:
@@ -85,10 +86,8 @@ def _small(tuner: str, spec: ModelSpec, plan: Layout, settings: MemorySettings) 
     if tuner == "ia3":
         return plan.blocks * sum(_ia3(one, settings) for one in ia3_targets(spec, plan, settings))
     if tuner == "layernorm":
-        if spec.model_type == "gpt2":
-            return plan.blocks * plan.block_norms + plan.final_norm
-        tuned = sum(entries for name, entries in plan.norm_entries if name in LN_TUNED)
-        return plan.blocks * tuned + plan.final_norm
+        tuned = sum(entries for name, entries in plan.norm_entries if tunes_norm(spec, name))
+        return plan.blocks * tuned + (0 if spec.model_type in POST_ATTENTION_ONLY else plan.final_norm)
     if tuner == "bitfit":
         return _biases(spec, plan)
     if tuner == "vera":
@@ -105,6 +104,15 @@ def ia3_targets(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> tupl
         return _targets(plan, settings)
     first = "q_proj" if spec.model_type in IA3_QUERY_VALUE else "k_proj"
     return targeted(plan.linears, f"{first},v_proj,down_proj,qkv_proj,c_attn,mlp.c_proj")
+
+
+def tunes_norm(spec: ModelSpec, name: str) -> bool:
+    """True when layer-norm tuning trains the norm `name`: PEFT's own choice for each family."""
+    if name in ("q_norm", "k_norm"):
+        return False
+    if spec.model_type in POST_ATTENTION_ONLY:
+        return name == "post_attention_layernorm"
+    return spec.model_type in EVERY_NORM or name in ("input_layernorm", "post_attention_layernorm")
 
 
 def _ia3(linear: Linear, settings: MemorySettings) -> int:
