@@ -1,7 +1,7 @@
 """Writes and reads events.jsonl: what happened in a run, one JSON object a line.
 
-Goes in: named events with plain values. Comes out: lines with `time` (UTC, ISO 8601), `stage`, `event` and the
-event's own fields. Never does: rewrite or remove a line; fail on a last line that a crash cut off.
+Goes in: named events with plain values. Comes out: lines with `time` (UTC, ISO 8601), `stage`, `event` and
+the event's own fields. Never does: rewrite or remove a line; fail on a last line that a crash cut off.
 
 A number that is not finite (a loss that became NaN) is written as null.
 """
@@ -71,7 +71,8 @@ class EventReader:
         self._offset = path.stat().st_size if from_end and path.exists() else 0
 
     def new_events(self) -> list[Event]:
-        """Return the complete new lines; a line that is not a JSON object with an event name is passed over."""
+        """Return the complete new lines; a line that is not a JSON object with an event name is passed
+        over."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:

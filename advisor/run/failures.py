@@ -1,6 +1,7 @@
 """Why did a training process end? From its exit, its last words and its log to an error with a remedy.
 
-Goes in: the exit status, the `error` event if it wrote one, the end of its log. Comes out: one AdvisorError. Never
+Goes in: the exit status, the `error` event if it wrote one, the end of its log. Comes out: one AdvisorError.
+Never
 does: read files, guess a cause that nothing points to (it shows the last lines instead).
 """
 
@@ -44,15 +45,16 @@ def classify(status: int, error: dict[str, Any] | None, log: str) -> AdvisorErro
     said = f"{error.get('kind', '')} {error.get('message', '')}" if error else ""
     lower = f"{said}\n{log if error is None else ''}".lower()
     if any(words in lower for words in OUT_OF_MEMORY):
-        first = next((line for line in said.splitlines() if line.strip()), "the log says so")
-        return TrainingError(f"Training ran out of memory: {first.strip()}", SMALLER, code="out_of_memory")
+        first = next((line.strip() for line in said.splitlines() if line.strip()), "the log says so")
+        return TrainingError(f"Training ran out of memory: {first}", SMALLER, code="out_of_memory")
     if any(words in lower for words in NO_SPACE):
         return DiskError(
-            "The disk is full.", "Free some space, then go on with --resume; the last whole checkpoint is kept."
+            "The disk is full.",
+            "Free some space, then go on with --resume; the last whole checkpoint is kept.",
         )
     if status == -signal.SIGKILL:
         return TrainingError(
-            "The training process was killed from outside; most often the system does that when memory runs out.",
+            "The training process was killed from outside; usually by the system when memory runs out.",
             SMALLER,
             code="out_of_memory",
         )

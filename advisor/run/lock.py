@@ -1,6 +1,7 @@
 """Makes sure that one training at a time works in a run folder.
 
-Goes in: the folder. Comes out: a lock that the kernel releases when supervisor and trainer have both ended. Never
+Goes in: the folder. Comes out: a lock that the kernel releases when supervisor and trainer have both ended.
+Never
 does: wait; trust a process id, which may have been given to another process.
 """
 
@@ -35,7 +36,8 @@ class FolderLock:
             self.handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as problem:
             raise DiskError(
-                f"Cannot write into {self._folder}: {problem.strerror}.", "Check the permissions of the folder."
+                f"Cannot write into {self._folder}: {problem.strerror}.",
+                "Check the permissions of the folder.",
             ) from problem
         try:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,9 +3,9 @@
 Goes in: what is known of the run, one event. Comes out: an action with its reason. Never does: I/O, look at a
 clock, act; the supervisor acts.
 
-To add a reaction: a kind in `ActionKind` that the supervisor carries out, what it must remember in `RunState`,
-and a rule in `RULES`. A rule sees one event and the state before it, and answers None when it has no objection.
-"""
+To add a reaction: a kind in `ActionKind` that the supervisor carries out, what it must remember in
+`RunState`, and a rule in `RULES`. A rule sees one event and the state before it, and answers None when it has
+no objection."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _loss_not_finite(state: RunState, event: dict[str, Any]) -> Action | None:
     return Action(
         kind="stop",
         code="loss_not_finite",
-        reason=f"The loss at step {event.get('step')} is not a finite number; more steps cannot repair the weights.",
+        reason=f"The loss at step {event.get('step')} is not a finite number; more steps cannot mend that.",
         remedy="Plan again with a lower rate (--set learning_rate=...) or, on a card without bf16, with "
         "--set precision=fp32.",
     )

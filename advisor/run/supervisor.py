@@ -17,7 +17,15 @@ from pathlib import Path
 
 import msgspec
 
-from advisor.errors import AdvisorError, DataError, DiskError, InputError, InterruptedRunError, RefusedError, TrainingError
+from advisor.errors import (
+    AdvisorError,
+    DataError,
+    DiskError,
+    InputError,
+    InterruptedRunError,
+    RefusedError,
+    TrainingError,
+)
 from advisor.probe.software import installed_packages
 from advisor.resources import recipes_dir
 from advisor.rows import data_files
@@ -82,11 +90,13 @@ def run_plan(folder: Path, *, resume: bool, on_event: OnEvent, offline: bool) ->
         _fetch_model(job.recipe, offline=offline)
         reader = EventReader(folder / EVENTS, from_end=True)
         started = time.monotonic()
-        events.write("start", resume=resume, recipe_sha256=job.recipe_sha256, data_sha256=data)
-        for message in _drift(job, data):
-            events.write("warning", message=message)
         process = start_program(folder, Path(job.recipe_file), job.recipe.program, lock=lock.handle)
         try:
+            events.write(
+                "start", resume=resume, recipe_sha256=job.recipe_sha256, data_sha256=data, pid=process.pid
+            )
+            for message in _drift(job, data):
+                events.write("warning", message=message)
             error = _follow(process, folder, events, reader, on_event)
         finally:
             _end_group(process)
@@ -205,9 +215,9 @@ def _check_disk(job: Job) -> None:
     needed, free = job.estimate.disk_bytes - there, shutil.disk_usage(folder).free
     if needed > free:
         raise DiskError(
-            f"Checkpoints and the result need {format_bytes(needed)} in {folder}, but only {format_bytes(free)} "
-            "are free.",
-            "Free some space, plan into another folder (--out), or keep fewer checkpoints (--set keep_checkpoints=1).",
+            f"Checkpoints and the result need {format_bytes(needed)} in {folder}; only "
+            f"{format_bytes(free)} are free.",
+            "Free some space, plan into another folder (--out), or keep less: --set keep_checkpoints=1.",
         )
 
 
@@ -216,13 +226,17 @@ def _fetch_model(recipe: Recipe, *, offline: bool) -> None:
     model = recipe.model
     if "starter" in (model.id, model.path) or model.path is not None or Path(model.id).exists():
         return
-    from advisor.probe.model import model_files
+    from advisor.probe.hub import fetch_model
 
-    model_files(model.id, revision=model.revision, offline=offline)
+    fetch_model(model.id, revision=model.revision, offline=offline)
 
 
 def _follow(
-    process: subprocess.Popen[bytes], folder: Path, events: EventWriter, reader: EventReader, on_event: OnEvent
+    process: subprocess.Popen[bytes],
+    folder: Path,
+    events: EventWriter,
+    reader: EventReader,
+    on_event: OnEvent,
 ) -> AdvisorError | None:
     """Pass events on and act on them until the program ends; return what went wrong."""
     state, asked = RunState(), 0
@@ -260,7 +274,9 @@ def _follow(
 def _interrupt(process: subprocess.Popen[bytes], events: EventWriter, *, times: int) -> None:
     """First ask the program to save and stop; the second time end it."""
     if times == 1:
-        events.write("note", message="Stopping: the step is finished and saved. Ctrl-C again ends it at once.")
+        events.write(
+            "note", message="Stopping: the step is finished and saved. Ctrl-C again ends it at once."
+        )
         process.send_signal(signal.SIGTERM)
     else:
         _end_group(process)
@@ -286,7 +302,8 @@ def _write_report(job: Job, *, status: Status, error: AdvisorError | None) -> Ru
     events = [event for event in read_events(folder / EVENTS) if event.get("stage") == job.stage]
     artefacts = {name: place for name, place in ARTEFACTS.items() if (folder / place).is_dir()}
     saved = [event["path"] for event in events if event["event"] == "checkpoint"]
-    artefacts |= {"checkpoint": path for path in saved[-1:] if (folder / path).is_dir()}
+    if saved and (folder / saved[-1]).is_dir():
+        artefacts["checkpoint"] = saved[-1]
     report = build_report(
         events,
         job.recipe,
@@ -299,4 +316,3 @@ def _write_report(job: Job, *, status: Status, error: AdvisorError | None) -> Ru
     )
     write_json(folder / REPORT, report)
     return report
-

@@ -1,8 +1,8 @@
 """Where are the answers in a rendered conversation, and do they end as the model must learn to end them?
 
-Goes in: a chat template and messages. Comes out: the text and the character span of each answer, its end-of-turn
-token included and nothing after it. Never does: change the template; guess a span that it cannot verify.
-"""
+Goes in: a chat template and messages. Comes out: the text and the character span of each answer, its
+end-of-turn token included and nothing after it. Never does: change the template; guess a span that it cannot
+verify."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from advisor.errors import ModelError
 from advisor.rows import Message
-from advisor.templates import TemplateRefusalError, end_of_turn, has_generation_markers, render, render_with_spans
+from advisor.templates import (
+    TemplateRefusalError,
+    end_of_turn,
+    has_generation_markers,
+    render,
+    render_with_spans,
+)
 from advisor.types import Record
 
 Tools = list[dict[str, Any]] | None
@@ -44,7 +50,8 @@ def read_template(tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
     """Examine the tokenizer's chat template.
 
     Raises:
-        ModelError: there is none, or answers do not end with one token, so that the model could not learn to stop.
+        ModelError: there is none, or answers do not end with one token, so that the model could not learn to
+        stop.
     """
     source = tokenizer.chat_template
     if isinstance(source, dict):
@@ -59,7 +66,11 @@ def read_template(tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
     end = end_of_turn(source, bos_token=bos, eos_token=eos)
     ids = [] if end is None else tokenizer.encode(end, add_special_tokens=False)
     if end is None or len(ids) != 1:
-        what = "writes nothing after an answer" if end is None else f"ends an answer with {end!r}, which is {len(ids)} tokens"
+        what = (
+            "writes nothing after an answer"
+            if end is None
+            else f"ends an answer with {end!r}, which is {len(ids)} tokens"
+        )
         raise ModelError(
             f"The chat template of {name} {what}; a model trained so would not learn to stop.",
             "Take chat_template.jinja from an instruction-tuned model of the same family.",
@@ -71,8 +82,8 @@ def read_template(tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
 def render_answers(template: Template, messages: list[Message], tools: Tools) -> Rendered:
     """Render a conversation and find its answers.
 
-    Without markers an answer is what the template adds to the prompt before it; that holds only where the prompt is
-    a true beginning of the whole text, otherwise the answer is left out.
+    Without markers an answer is what the template adds to the prompt before it; that holds only where the
+    prompt is a true beginning of the whole text, otherwise the answer is left out.
 
     Raises:
         TemplateRefusalError: the template refuses the conversation.
@@ -104,7 +115,8 @@ def _by_prefix(template: Template, messages: list[Message], tools: Tools, text: 
 
 
 def _with_end(template: Template, text: str, span: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the span up to and with its end token; None when the token is neither in it nor right behind it."""
+    """Return the span up to and with its end token; None when the token is neither in it nor right behind
+    it."""
     start, stop = span
     inside = text.rfind(template.end, start, stop)
     if inside >= 0:
@@ -116,7 +128,9 @@ def _with_end(template: Template, text: str, span: tuple[int, int]) -> tuple[int
 
 
 def _prompt(template: Template, messages: list[Message], tools: Tools) -> str:
-    last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    last = max(
+        (n for n, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages)
+    )
     return _render(template, messages[:last], tools, prompt=True)
 
 

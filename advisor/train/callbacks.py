@@ -1,8 +1,8 @@
 """Tells what a running trainer does, finishes its checkpoints, and stops it when it is asked to.
 
-Goes in: the trainer's own calls. Comes out: events `step`, `checkpoint`, `heldout`; checkpoints with their marker.
-Never does: change the order of the data or any random state; let a checkpoint with a broken loss be written.
-"""
+Goes in: the trainer's own calls. Comes out: events `step`, `checkpoint`, `heldout`; checkpoints with their
+marker. Never does: change the order of the data or any random state; let a checkpoint with a broken loss be
+written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from advisor.errors import TrainingError
 from advisor.run.events import EventWriter
 from advisor.train import checkpoints
-from advisor.train.process import StopRequest, peak_memory
+from advisor.train.memory import peak_memory
+from advisor.train.process import StopRequest
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
@@ -63,7 +64,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Write the step event; the trainer logs before it saves, so a broken loss never reaches a checkpoint.
+        """Write the step event; the trainer logs before it saves, so a broken loss never reaches a
+        checkpoint.
 
         Raises:
             TrainingError: the loss is not a finite number.

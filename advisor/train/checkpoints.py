@@ -1,8 +1,8 @@
 """Makes a checkpoint trustworthy: a marker written last, checked before a resume.
 
-Goes in: the folder `checkpoint-<step>` that the trainer wrote. Comes out: `complete.json` in it, or the reason why
-it cannot be used. Never does: load weights; pick a checkpoint whose marker is missing or does not agree.
-"""
+Goes in: the folder `checkpoint-<step>` that the trainer wrote. Comes out: `complete.json` in it, or the
+reason why it cannot be used. Never does: load weights; pick a checkpoint whose marker is missing or does not
+agree."""
 
 from __future__ import annotations
 

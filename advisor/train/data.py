@@ -1,12 +1,12 @@
 """Turns the rows of a recipe's datasets into tokens and labels, and proves that only answers are trained on.
 
-Goes in: datasets, a tokenizer with its template. Comes out: rows to train on, rows held out, and an account of every
-row: trained tokens, what was left out and why, one row shown with its mask. Never does: cut an answer in the middle;
-drop a row without counting it; let the order of the rows decide the split.
+Goes in: datasets, a tokenizer with its template. Comes out: rows to train on, rows held out, and an account
+of every
+row: trained tokens, what was left out and why, one row shown with its mask. Never does: cut an answer in the
+middle; drop a row without counting it; let the order of the rows decide the split.
 
-Rows longer than `max_seq_len` are cut after the last whole answer that fits; where none fits, the row is left out. So
-an end token is never lost.
-"""
+Rows longer than `max_seq_len` are cut after the last whole answer that fits; where none fits, the row is left
+out. So an end token is never lost."""
 
 from __future__ import annotations
 
@@ -143,7 +143,9 @@ def prepare(
         ModelError: the tokenizer cannot say where its tokens lie in the text.
     """
     if not tokenizer.is_fast:
-        raise ModelError("This tokenizer does not tell where its tokens lie in the text.", "Choose another model.")
+        raise ModelError(
+            "This tokenizer does not tell where its tokens lie in the text.", "Choose another model."
+        )
     tally = _Tally()
     rows = list(_tokenised(_rendered(datasets, template, tally), tokenizer, settings, tally))
     if not rows:
@@ -225,7 +227,11 @@ def _tokenised(
             row = _labelled(item, np.array(ids, np.int32), np.array(offsets).reshape(-1, 2), settings)
             if isinstance(row, str):
                 tally.leave_out(row, item.where)
-            elif not row.cut and tally.checked < PROMPTS_CHECKED and _prompt_differs(item, row, tokenizer, tally):
+            elif (
+                not row.cut
+                and tally.checked < PROMPTS_CHECKED
+                and _prompt_differs(item, row, tokenizer, tally)
+            ):
                 tally.leave_out("prompt_differs", item.where)
             else:
                 yield row
@@ -268,12 +274,14 @@ def _prompt_differs(item: _Item, row: Row, tokenizer: PreTrainedTokenizerBase, t
     """Tell whether the model would be given other tokens before the last answer than it was trained with."""
     tally.checked += 1
     prompt = tokenizer.encode(item.rendered.prompt, add_special_tokens=False)
-    return list(row.tokens[: len(prompt)]) != prompt
+    return bool(row.tokens[: len(prompt)].tolist() != prompt)
 
 
 def _sample(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Show a row as pieces that are trained on and pieces that are not."""
-    pairs = zip(row.tokens[:SAMPLE_TOKENS].tolist(), (row.labels[:SAMPLE_TOKENS] != IGNORED).tolist(), strict=True)
+    pairs = zip(
+        row.tokens[:SAMPLE_TOKENS].tolist(), (row.labels[:SAMPLE_TOKENS] != IGNORED).tolist(), strict=True
+    )
     return [
         {"text": tokenizer.decode([token for token, _ in group]), "trained": trained}
         for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1])
@@ -289,4 +297,6 @@ def _told(left_out: Mapping[str, int], examples: Mapping[str, list[str]]) -> str
 
 
 def _dataset(rows: list[Row]) -> Dataset:
-    return Dataset.from_dict({"input_ids": [row.tokens for row in rows], "labels": [row.labels for row in rows]})
+    return Dataset.from_dict(
+        {"input_ids": [row.tokens for row in rows], "labels": [row.labels for row in rows]}
+    )

@@ -1,12 +1,10 @@
 """Loads the base model and its tokenizer as the recipe says, and makes them agree on the end of a turn.
 
-Goes in: a recipe's model and settings. Comes out: a tokenizer and a model with explicit number formats. Never does:
-use the network (the supervisor fetched the files), run code that came with a model, add rows to an embedding.
-"""
+Goes in: a recipe's model and settings. Comes out: a tokenizer and a model with explicit number formats. Never
+does: use the network (the supervisor fetched the files), run code that came with a model, add rows to an
+embedding."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from transformers import (
@@ -61,7 +59,8 @@ def load_tokenizer(model: RecipeModel) -> PreTrainedTokenizerBase:
 
 
 def load_model(model: RecipeModel, settings: SftSettings) -> PreTrainedModel:
-    """Load the base with the weights as `weight_bits` says: 4 as NF4, 16 in the 16-bit format of `precision`, 32 as fp32.
+    """Load the base with the weights as `weight_bits` says: 4 as NF4, 16 in the 16-bit format of `precision`,
+    32 as fp32.
 
     Raises:
         ModelError: its files are missing or unusable, or the architecture is unknown.
@@ -111,9 +110,9 @@ def embedding_rows(model: RecipeModel) -> int:
 def settle_ending(tokenizer: PreTrainedTokenizerBase, end: str, *, rows: int) -> Ending:
     """Make `end` the tokenizer's end token and give it a padding token that is another one.
 
-    A token that the model never uses is preferred for padding; a new one is added only where the embedding has a
-    spare row for it, since new rows would not fit the base any more. Where neither exists, padding stays the end
-    token, which is harmless here: labels and attention are built per row, not from the padding.
+    A token that the model never uses is preferred for padding; a new one is added only where the embedding
+    has a spare row for it, since new rows would not fit the base any more. Where neither exists, padding
+    stays the end token, which is harmless here: labels and attention are built per row, not from the padding.
 
     Args:
         tokenizer: changed in place.
@@ -124,12 +123,13 @@ def settle_ending(tokenizer: PreTrainedTokenizerBase, end: str, *, rows: int) ->
     if tokenizer.eos_token != end:
         changed.append(f"end token {tokenizer.eos_token!r} -> {end!r}")
         tokenizer.eos_token = end
-    if tokenizer.pad_token is None or tokenizer.pad_token == end:
+    before = tokenizer.pad_token
+    if before is None or before == end:
         pad = _spare_token(tokenizer, end)
         if pad is None and len(tokenizer) < rows:
             pad = "<|pad|>"
             tokenizer.add_special_tokens({"pad_token": pad})
-        changed.append(f"padding token {tokenizer.pad_token!r} -> {pad or end!r}")
+        changed.append(f"padding token {before!r} -> {pad or end!r}")
         tokenizer.pad_token = pad or end
     return Ending(
         end=end,
@@ -148,15 +148,17 @@ def apply_ending(model: PreTrainedModel, ending: Ending) -> None:
 
 
 def _spare_token(tokenizer: PreTrainedTokenizerBase, end: str) -> str | None:
-    """Return an existing special token that stands for nothing: named padding, reserved, or the unknown token."""
-    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content != end]
+    """Return an existing special token that stands for nothing: named padding, reserved, or the unknown
+    token."""
+    special: list[str] = [
+        t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content != end
+    ]
     free = [token for token in special if token != tokenizer.bos_token]
     for word in ("pad", "reserved", "unused", "extra_id"):
         for token in free:
             if word in token.lower():
                 return token
-    unknown: Any = tokenizer.unk_token
-    return unknown if unknown in free else None
+    return next((token for token in free if token == str(tokenizer.unk_token)), None)
 
 
 def first_line(problem: BaseException) -> str:

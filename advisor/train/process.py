@@ -1,19 +1,15 @@
 """The training process among other processes: how it is asked to stop, how it ends with its supervisor.
 
-Goes in: signals. Comes out: a flag that the training loop reads; the process's peak memory. Never does: stop in the
-middle of a step.
-"""
+Goes in: signals. Comes out: a flag that the training loop reads; the process's peak memory. Never does: stop
+in the middle of a step."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import signal
 import sys
 from types import FrameType, TracebackType
-
-import torch
 
 from advisor.run.events import EventWriter
 
@@ -40,8 +36,8 @@ class StopRequest:
 def end_with_parent() -> None:
     """Ask the kernel for SIGTERM when the supervisor ends (Linux); at once when it already has.
 
-    The supervisor names itself in FTADVISOR_PARENT; without it the program was started by hand and goes on alone.
-    """
+    The supervisor names itself in FTADVISOR_PARENT; without it the program was started by hand and goes on
+    alone."""
     parent = os.environ.get("FTADVISOR_PARENT")
     if parent is None or not sys.platform.startswith("linux"):
         return
@@ -58,18 +54,3 @@ def report_crashes(events: EventWriter) -> None:
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook
-
-
-def peak_memory() -> dict[str, int]:
-    """Return the peak memory of this process in bytes.
-
-    On a CUDA device `memory_bytes` is what torch's allocator held at its peak (the device's context comes on top) and
-    `allocated_bytes` what it handed out; elsewhere it is the peak resident size of the process.
-    """
-    if torch.cuda.is_available():
-        return {
-            "memory_bytes": torch.cuda.max_memory_reserved(),
-            "allocated_bytes": torch.cuda.max_memory_allocated(),
-        }
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

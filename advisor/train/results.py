@@ -1,7 +1,8 @@
-"""Writes what was trained: the adapter, or all weights in the recipe's precision, with tokenizer and template.
+"""Writes what was trained: the adapter, or all weights in the recipe's precision, with tokenizer and
+template.
 
-Goes in: a trained model. Comes out: RUN/adapter or RUN/model, complete or not there at all. Never does: merge.
-"""
+Goes in: a trained model. Comes out: RUN/adapter or RUN/model, complete or not there at all. Never does:
+merge."""
 
 from __future__ import annotations
 
@@ -76,4 +77,3 @@ def _publish(name: str) -> str:
     shutil.rmtree(name, ignore_errors=True)
     PARTIAL.rename(name)
     return name
-

@@ -1,8 +1,7 @@
 """The settings of the SFT program as typed values; which combinations cannot work.
 
-Goes in: a recipe. Comes out: `SftSettings`. Never does: choose a value that the recipe states; a key that is left
-out takes the plain value given here, which recipes/sft/program.toml documents.
-"""
+Goes in: a recipe. Comes out: `SftSettings`. Never does: choose a value that the recipe states; a key that is
+left out takes the plain value given here, which recipes/sft/program.toml documents."""
 
 from __future__ import annotations
 
@@ -76,13 +75,14 @@ def _conflicts(tuner: str, settings: SftSettings, *, cuda: bool) -> tuple[tuple[
     return (
         (
             settings.effective_batch % settings.micro_batch != 0,
-            f"effective_batch {settings.effective_batch} is not a multiple of micro_batch {settings.micro_batch}.",
+            f"effective_batch {settings.effective_batch} is not a multiple of micro_batch "
+            f"{settings.micro_batch}.",
             "Set one of them so that it is.",
         ),
         (
             settings.packing and settings.micro_batch > 1 and settings.attention != "flash",
-            f"packing with micro_batch {settings.micro_batch} puts the whole batch into one sequence, which without "
-            "flash attention costs the square of its length.",
+            f"packing with micro_batch {settings.micro_batch} makes one sequence of the whole batch, which "
+            "without flash attention costs the square of its length.",
             "Set micro_batch: 1, or attention: flash, or packing: false.",
         ),
         (

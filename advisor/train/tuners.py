@@ -59,7 +59,9 @@ def target_modules(model: nn.Module, target: str) -> str | list[str]:
     """
     if target == "all-linear":
         return target
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _conv1d(module)}
+    linear = {
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _conv1d(module)
+    }
     wanted = GROUPS.get(target) or tuple(name.strip() for name in target.split(",") if name.strip())
     found = [word for word in wanted if any(name == word or name.endswith(f".{word}") for name in linear)]
     if "lm_head" in found:
@@ -72,7 +74,8 @@ def target_modules(model: nn.Module, target: str) -> str | list[str]:
 
 
 def adapters_to_fp32(model: nn.Module) -> None:
-    """Hold trained adapter weights in fp32; TRL makes them bf16 on a 4-bit base, where small updates vanish."""
+    """Hold trained adapter weights in fp32; TRL makes them bf16 on a 4-bit base, where small updates
+    vanish."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
