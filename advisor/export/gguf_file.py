@@ -21,6 +21,7 @@ from advisor.export.architecture import HEAD, ModelPlan, PlannedTensor, rope_ten
 from advisor.export.encode import Type, encode_rows, row_bytes, type_for
 from advisor.export.rules import rules
 from advisor.export.tokenizer import Vocabulary
+from advisor.probe.gguf_file import NORMALISER_KEY
 from advisor.types import Record
 
 PART_BYTES = 16 << 20
@@ -197,7 +198,3 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
         writer.add_chat_template(vocabulary.chat_template)
     if vocabulary.normaliser is not None:
         writer.add_string(NORMALISER_KEY, vocabulary.normaliser)
-
-
-NORMALISER_KEY = "ftadvisor.tokenizer.normaliser"
-"""What `ftadvisor chat` does to a person's text before llama.cpp cuts it."""

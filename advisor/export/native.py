@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,22 +18,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from advisor.errors import ExportError, MissingPackageError
-from advisor.probe.host import cpu_cores
+from advisor.probe.load import free_cores
 
 _CHILD = Path(__file__).with_name("llama_child.py")
 Arrays = dict[str, npt.NDArray[np.float32]]
-
-
-def free_threads() -> int:
-    """Return how many cores are free now: those this process may use, less what others do on them."""
-    busy = psutil.cpu_percent(interval=0.1, percpu=True)
-    mine = os.sched_getaffinity(0)
-    idle = sum(1 - percent / 100 for cpu, percent in enumerate(busy) if cpu in mine)
-    free: int = round(idle)
-    return max(1, min(free, cpu_cores(Path("/proc"), Path("/sys"))))
 
 
 def run_llama(request: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
@@ -48,7 +37,7 @@ def run_llama(request: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
         raise MissingPackageError("llama-cpp-python", "gguf")
     with tempfile.TemporaryDirectory(prefix="ftadvisor-") as folder:
         asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
-        asked.write_text(json.dumps({"threads": free_threads(), **request}), encoding="utf-8")
+        asked.write_text(json.dumps({"threads": free_cores(), **request}), encoding="utf-8")
         command = [sys.executable, "-P", str(_CHILD), str(asked), str(answered)]
         with Path(folder, "log.txt").open("w+b") as log, _child(command, log.fileno()) as child:
             code = child.wait()

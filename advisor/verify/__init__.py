@@ -19,10 +19,11 @@ from advisor.export.chat_template import Conversation
 from advisor.export.native import Arrays, run_llama
 from advisor.export.source import Trained, find_trained
 from advisor.export.tokenizer import Vocabulary, read_vocabulary
+from advisor.probe.gguf_file import check_gguf
 from advisor.storage import write_json
 from advisor.types import Check, Verification
 from advisor.verify.bounds import VerifyRules, verify_rules
-from advisor.verify.contents import Contents, DamagedError, check_magic, read_contents
+from advisor.verify.contents import Contents, DamagedError, read_contents
 from advisor.verify.samples import heldout_rows, probe_texts, read_conversations
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def verify_gguf(
         InputError: the file is missing or no GGUF, or the folder is not usable.
         ModelError: the trained model cannot be loaded.
     """
-    check_magic(gguf)
+    check_gguf(gguf)
     _need_packages()
     trained = find_trained(against, offline=offline, on_progress=on_progress)
     try:

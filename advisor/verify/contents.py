@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import quants
 
-from advisor.errors import InputError
+from advisor.probe.gguf_file import check_gguf
 
-MAGIC = b"GGUF"
 PART_BYTES = 32 << 20
 
 
@@ -62,7 +61,7 @@ def read_contents(path: Path) -> Contents:
         InputError: it is missing or no GGUF.
         DamagedError: it is cut short or inconsistent.
     """
-    check_magic(path)
+    check_gguf(path)
     try:
         reader = gguf.GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
@@ -70,23 +69,3 @@ def read_contents(path: Path) -> Contents:
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError, TypeError) as problem:
         raise DamagedError(f"the file is cut short or damaged: {problem}") from problem
     return Contents(fields=fields, tensors=tensors)
-
-
-def check_magic(path: Path) -> None:
-    """Check that a file is there and begins as a GGUF does.
-
-    Raises:
-        InputError: it is not, with what it looks like instead.
-    """
-    remedy = "Make one with: ftadvisor export RUN_DIR_or_MODEL_DIR"
-    if not path.exists():
-        raise InputError(f"{path} does not exist.", remedy)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; a GGUF file is needed.", remedy)
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as problem:
-        raise InputError(f"Cannot read {path}: {problem.strerror or problem}.", remedy) from problem
-    if start != MAGIC:
-        raise InputError(f"{path} is not a GGUF file (it begins with {start!r}).", remedy)

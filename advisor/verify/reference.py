@@ -23,8 +23,8 @@ from peft.tuners.lora import LoraLayer
 from advisor.errors import ModelError
 from advisor.export.architecture import EMBEDDING, HEAD
 from advisor.export.chat_template import Conversation
-from advisor.export.native import free_threads
 from advisor.export.source import Trained
+from advisor.probe.load import free_cores
 from advisor.verify.bounds import Samples
 
 Floats = npt.NDArray[np.float32]
@@ -77,7 +77,7 @@ def load_reference(trained: Trained, questions: Questions, samples: Samples) -> 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     before = torch.get_num_threads()
-    torch.set_num_threads(min(before, free_threads()))
+    torch.set_num_threads(min(before, free_cores()))
     try:
         tokenizer, model = _load(trained)
         ends = _end_ids(model, tokenizer)
