@@ -150,7 +150,7 @@ def _stage(
 ) -> Stage:  # fmt: skip
     keep = sheet.settings["keep_checkpoints"]
     disk = estimate_disk(
-        option.proposal.spec, fitted.settings, tuner=option.proposal.tuner,
+        option.proposal.spec, fitted.settings, tuner=fitted.settings.tuner,
         keep_checkpoints=keep if isinstance(keep, int) else 2, quants=(), bits_per_weight={},
     )  # fmt: skip
     parts: dict[str, int] = {}

@@ -15,7 +15,7 @@ import msgspec
 from advisor.estimate.memory import estimate_memory
 from advisor.knowledge import Knowledge
 from advisor.recommend.chains import PAIR_OBJECTIVES, PREFERENCE, REINFORCEMENT
-from advisor.recommend.gates import Proposal, task_bytes
+from advisor.recommend.gates import Proposal, estimated_as, task_bytes
 from advisor.recommend.lengths import Lengths, lengths_of, round_up
 from advisor.recommend.situation import TEXT, Situation, rows_of, rule
 from advisor.types import (
@@ -335,7 +335,7 @@ def memory_settings(
     generations = knowledge.objectives[objective].settings.get("num_generations", 0)
     bits = attempt.weight_bits
     return MemorySettings(
-        tuner=proposal.tuner, objective=objective, precision=precision,
+        tuner=estimated_as(proposal.tuner, proposal.facts), objective=objective, precision=precision,
         weight_bits=32 if precision == "fp32" and bits == 16 else bits,
         micro_batch=attempt.micro_batch, seq_len=attempt.seq_len + attempt.completion,
         gradient_checkpointing=attempt.checkpointing, optimizer=attempt.optimizer,

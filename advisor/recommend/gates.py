@@ -7,6 +7,7 @@ Never does: weigh what is allowed; look at memory (see fit.py).
 from __future__ import annotations
 
 from advisor.estimate.memory import trainable_parameters
+from advisor.estimate.tunable import ALIASES, TUNERS
 from advisor.knowledge import Knowledge
 from advisor.recommend.deploy import choose_file
 from advisor.recommend.lengths import lengths_of
@@ -174,10 +175,15 @@ def _latency(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> 
     return object_to(knowledge, "latency")
 
 
+def estimated_as(tuner: str, facts: TunerFacts) -> str:
+    """The tuner that the estimator counts: itself, or for one that only an overlay knows its group."""
+    return tuner if tuner in TUNERS or tuner in ALIASES else facts.group
+
+
 def task_bytes(spec: ModelSpec, tuner: str, facts: TunerFacts, rank: int) -> int:
     """Bytes that each task or tenant adds on disk, in 16 bits."""
     settings = MemorySettings(
-        tuner=tuner, lora_r=rank, virtual_tokens=int(_number(facts, "virtual_tokens")),
+        tuner=estimated_as(tuner, facts), lora_r=rank, virtual_tokens=int(_number(facts, "virtual_tokens")),
         bottleneck=int(_number(facts, "bottleneck")),
     )  # fmt: skip
     return 2 * trainable_parameters(spec, settings)

@@ -1,0 +1,312 @@
+"""Plans: every setting explained, overrides obeyed, warnings with remedies, the same bytes each time."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from cases import A100, CPU, LLAMA_8B, RTX_3060, RTX_4090, T4, chain, codes, plan, rows, scenario
+
+from advisor.errors import KnowledgeError, UnknownNameError, UsageError
+from advisor.knowledge import load
+from advisor.plan import make_plan
+from advisor.plan.warn import CHECKS
+from advisor.recommend.reasons import because
+from advisor.scenario import spec_for
+from advisor.storage import encode_json
+from advisor.types import Plan
+
+K = load()
+SFT_KEYS = {
+    "learning_rate", "epochs", "max_steps", "micro_batch", "effective_batch", "max_seq_len", "warmup_ratio",
+    "scheduler", "weight_decay", "max_grad_norm", "optimizer", "precision", "weight_bits",
+    "gradient_checkpointing", "packing", "attention", "loss", "loss_on", "heldout_fraction",
+    "save_every_steps", "keep_checkpoints",
+}  # fmt: skip
+LORA_KEYS = {"lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target"}
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("full", set()), ("lora", LORA_KEYS), ("qlora", LORA_KEYS | {"double_quant"})],
+)
+def test_sft_settings_are_complete_and_explained(method: str, more: set[str]) -> None:
+    """The training program's keys are all there, and each has a reason with an existing source."""
+    made = plan(rows(), model="Qwen/Qwen3-0.6B", requested_method=method)
+    stage = made.stages[0]
+    assert made.method == method
+    assert set(stage.settings) == SFT_KEYS | more
+    assert set(stage.why) == set(stage.settings)
+    assert all(why.source in K.sources and why.reason for why in stage.why.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "rate"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "full", 1e-3),
+        ("Qwen/Qwen3-4B-Instruct-2507", "full", 2e-5),
+        (LLAMA_8B, "full", 1e-5),
+        (LLAMA_8B, "lora", 2e-4),
+        ("Qwen/Qwen3-14B", "lora", 1e-4),
+    ],
+)
+def test_learning_rate_by_size_and_tuner(model: str, method: str, rate: float) -> None:
+    """Large models take less; LoRA takes ten times the full rate."""
+    made = plan(rows(), hardware=A100, model=model, requested_method=method)
+    assert made.stages[0].settings["learning_rate"] == rate
+
+
+def test_a_tiny_model_takes_a_high_rate() -> None:
+    """Below fifty million parameters the rule of size says 3e-3 for LoRA and 1e-3 for all weights."""
+    like = spec_for("HuggingFaceTB/SmolLM2-135M-Instruct", K)
+    assert like is not None
+    shape = msgspec.structs.replace(like.shape, layers=4, hidden=256, intermediate=512, vocab=2048)
+    tiny = msgspec.structs.replace(like, id="starter", shape=shape, parameters=3_700_000)
+    case = msgspec.structs.replace(scenario(rows("chat", 220), hardware=CPU), spec=tiny, model="starter")
+    free = make_plan(case, K)
+    assert free.method == "full"
+    assert free.stages[0].settings["learning_rate"] == 1e-3
+    asked = msgspec.structs.replace(case, goal=msgspec.structs.replace(case.goal, requested_method="lora"))
+    assert make_plan(asked, K).stages[0].settings["learning_rate"] == 3e-3
+
+
+def test_thumbs_are_weighted() -> None:
+    """92 to 8 gives the rarer side 11.5 times the weight, and batches hold several rows."""
+    settings = (
+        plan(rows("unpaired_preference", 20000, positive_fraction=0.92), model=LLAMA_8B).stages[0].settings
+    )
+    assert settings["undesirable_over_desirable_weight"] == 11.5
+    assert settings["per_step_batch"] == settings["micro_batch"]
+    assert isinstance(settings["micro_batch"], int)
+    assert settings["micro_batch"] >= 2
+
+
+def test_similar_pairs_get_a_share_of_sft_loss() -> None:
+    """And a stronger tie to the start."""
+    made = plan(rows("preference", pair_similarity=0.93))
+    settings = made.stages[0].settings
+    assert settings["sft_loss_weight"] == 0.2
+    assert settings["beta"] == 0.2
+    assert "likelihood_displacement" in codes(made)
+
+
+def test_unequal_tasks_are_capped() -> None:
+    """FLAN's cap where tasks differ much, a temperature in any case."""
+    unequal = plan(rows(tasks=2, task_rows=[500, 20000]), hardware=A100)
+    assert unequal.task_kind == "multi_task"
+    assert unequal.stages[0].settings["mixing_cap"] == 3000
+    equal = plan(rows(count=500, tasks=20), hardware=A100)
+    assert "mixing_cap" not in equal.stages[0].settings
+    assert equal.stages[0].settings["mixing_temperature"] == 2.0
+
+
+def test_earlier_tasks_are_replayed() -> None:
+    """Five percent of the old rows, from the old dataset, with a gentler rate."""
+    made = plan(rows(), rows(count=9000, name="old", role="earlier_task"))
+    stage = made.stages[0]
+    assert made.task_kind == "continual"
+    assert stage.settings["replay_fraction"] == 0.05
+    assert "old" in stage.datasets
+    assert {"forgetting", "replay_mix"} <= codes(made)
+
+
+def test_a_new_language_trains_its_words() -> None:
+    """Embeddings at a tenth of the rate, a quarter of replay."""
+    made = plan(
+        {"kind": "raw_text", "size_mb": 2000, "languages": ["rw"]}, model="auto", text="speak Kinyarwanda"
+    )
+    settings = made.stages[0].settings
+    assert chain(made) == ["cpt"]
+    assert settings["replay_fraction"] == 0.25
+    assert settings["loss_on"] == "all"
+    assert {"tokenizer_fertility", "train_embeddings"} <= codes(made)
+    if made.method != "full":
+        assert settings["embedding_learning_rate"] == pytest.approx(
+            float(str(settings["learning_rate"])) / 10
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "verdict"),
+    [
+        ({"duplicate_fraction": 0.35}, "dedupe", "fix_data_first"),
+        ({"duplicate_fraction": 0.05}, "dedupe", "train"),
+        ({"mixed_templates": True}, "chat_template", "fix_data_first"),
+        ({"holdout_rows": 0}, "no_holdout", "train"),
+    ],
+)
+def test_flaws_of_the_data(change: dict[str, object], code: str, verdict: str) -> None:
+    """Large flaws come before training, small ones are named."""
+    made = plan(rows("chat", **change))
+    assert code in codes(made)
+    assert made.verdict == verdict
+    assert chain(made) == ["sft"]
+
+
+def test_tool_calls_need_their_tools() -> None:
+    """Rows that call tools nobody described teach calling blindly."""
+    made = plan(rows("tool_calling", has_tools_column=False))
+    assert made.verdict == "fix_data_first"
+    assert "tools_column" in codes(made)
+    assert plan(rows("tool_calling", has_tools_column=True)).verdict == "train"
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "severity"),
+    [
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "instruction", "must"),
+        ("Qwen/Qwen3-8B", "instruction", "should"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "instruction", None),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "reasoning_chat", None),
+    ],
+)
+def test_reasoning_models_need_reasoning_data(model: str, kind: str, severity: str | None) -> None:
+    """A model that thinks aloud unlearns it from answers without thoughts."""
+    found = {w.code: w.severity for w in plan(rows(kind), model=model, hardware=A100).warnings}
+    assert found.get("keep_reasoning_data") == severity
+
+
+def test_rows_longer_than_the_limit_are_told() -> None:
+    """When only a shorter length fits, the plan says which rows suffer and asks to change it."""
+    made = plan(rows(count=800, mean_tokens=20000, p95_tokens=32000), model=LLAMA_8B, context_tokens=32768)
+    assert {"truncation", "long_context_memory"} <= codes(made)
+
+
+# --- overrides -----------------------------------------------------------------------------------
+
+
+def test_an_override_is_obeyed_and_told() -> None:
+    """The value is the person's, the reason names the advice."""
+    made = plan(rows(), overrides={"learning_rate": 1e-4, "max_steps": 20})
+    stage = made.stages[0]
+    assert stage.settings["learning_rate"] == 1e-4
+    assert "set by you; the advice was 0.0002" in stage.why["learning_rate"].reason
+    assert "override_out_of_range" not in codes(made)
+    assert stage.estimate.seconds.expected < plan(rows()).stages[0].estimate.seconds.expected
+
+
+def test_an_override_outside_the_sources_is_warned_about() -> None:
+    """And still obeyed."""
+    made = plan(rows(), overrides={"learning_rate": 0.05})
+    assert made.stages[0].settings["learning_rate"] == 0.05
+    assert "override_out_of_range" in codes(made)
+
+
+def test_an_override_changes_the_estimate() -> None:
+    """A larger batch needs more; too large a one is told."""
+    usual = plan(rows()).stages[0].estimate.peak_bytes.high
+    made = plan(rows(), overrides={"micro_batch": 64, "effective_batch": 64})
+    assert made.stages[0].estimate.peak_bytes.high > usual
+    assert "does_not_fit" in codes(made)
+
+
+def test_an_override_may_name_its_stage() -> None:
+    """`dpo.learning_rate` leaves the SFT stage alone."""
+    made = plan(rows("chat"), rows("preference"), overrides={"dpo.learning_rate": 1e-6})
+    assert made.stages[0].settings["learning_rate"] == 2e-4
+    assert made.stages[1].settings["learning_rate"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "named"),
+    [
+        ({"learning_rat": 1e-4}, UnknownNameError, "learning_rate"),
+        ({"dpo.beta": 0.2}, UnknownNameError, "sft"),
+        ({"learning_rate": "fast"}, UsageError, "learning_rate"),
+        ({"packing": 1}, UsageError, "packing"),
+        ({"micro_batch": -2}, UsageError, "micro_batch"),
+        ({"micro_batch": 1.5}, UsageError, "micro_batch"),
+        ({"precision": "bf15"}, UsageError, "bf15"),
+        ({"learning_rate": float("nan")}, UsageError, "learning_rate"),
+    ],
+)
+def test_a_wrong_override_is_a_usage_error(
+    overrides: dict[str, object], error: type[UsageError], named: str
+) -> None:
+    """Unknown names and wrong kinds are refused with the valid ones."""
+    with pytest.raises(error) as caught:
+        plan(rows(), overrides=overrides)
+    assert named in caught.value.message
+
+
+# --- the whole -----------------------------------------------------------------------------------
+
+
+def test_export_follows_the_wish() -> None:
+    """Small models get more bits; an adapter that was asked for stays a file of its own."""
+    small = plan(rows(), model="Qwen/Qwen3-1.7B", deploy="ollama")
+    assert small.export is not None
+    assert (small.export.quant, small.export.route) == ("Q5_K_M", "merged")
+    own = plan(rows(), deploy="ollama", priorities=["adapter"])
+    assert own.export is not None
+    assert (own.export.quant, own.export.route) == ("Q4_K_M", "lora_gguf")
+    assert "merge_before_gguf" in codes(own)
+
+
+def test_a_forced_prefix_cannot_be_exported() -> None:
+    """It is trained on insistence and the plan says that no GGUF will come of it."""
+    made = plan(rows(), deploy="ollama", requested_method="prefix_tuning", force=True)
+    assert made.method == "prefix_tuning"
+    assert made.export is not None
+    assert not made.export.feasible
+    assert "cannot_export" in codes(made)
+
+
+def test_nothing_fits_at_all() -> None:
+    """A machine too small for anything gets no stages, a reason and the memory that would help."""
+    tiny = {
+        "accelerator": "Old",
+        "vendor": "nvidia",
+        "memory_gib": 0.5,
+        "compute_capability": "6.1",
+        "bf16": False,
+    }
+    made = plan(rows(), hardware=tiny, model="auto")
+    assert (made.method, made.stages, made.verdict) == ("none", (), "change_plan")
+    assert "does_not_fit" in codes(made)
+    assert "more_memory" in {alternative.code for alternative in made.alternatives}
+
+
+def test_no_data_at_all() -> None:
+    """Without data there is nothing to train, and it says so."""
+    made = plan()
+    assert (made.verdict, made.stages) == ("dont_train_yet", ())
+    assert made.summary
+
+
+def test_the_plan_round_trips() -> None:
+    """What is written as JSON decodes to the same plan."""
+    made = plan(rows("chat"), rows("preference"))
+    assert msgspec.json.decode(encode_json(made), type=Plan) == made
+
+
+def test_the_summary_is_plain_and_whole() -> None:
+    """Method, model, memory, time and file in one paragraph."""
+    text = plan(rows(), deploy="ollama").summary
+    for part in ("LoRA", "SFT", "Qwen/Qwen3-8B", "GiB", "GGUF"):
+        assert part in text
+
+
+def test_what_was_assumed_is_said() -> None:
+    """How the goal was understood and what was left open."""
+    text = " ".join(plan(rows(), text="brand tone").assumptions)
+    assert "style (from" in text
+    assert "where the model must run was not said" in text
+
+
+def test_every_warning_of_the_planner_is_in_the_knowledge_base() -> None:
+    """Each check has its text, and each text is reachable."""
+    assert {code for code, _ in CHECKS} == set(K.warnings)
+
+
+def test_a_sentence_with_a_figure_too_many_names_the_file() -> None:
+    """A placeholder that no case fills is a mistake in kb/."""
+    with pytest.raises(KnowledgeError) as caught:
+        because(K, "setting", "lora_alpha")
+    assert "reasons.toml" in caught.value.message
+
+
+@pytest.mark.parametrize("hardware", [RTX_3060, RTX_4090, A100, T4, CPU])
+def test_warnings_come_musts_first(hardware: dict[str, object]) -> None:
+    """Nobody has to search for what matters."""
+    severities = [w.severity for w in plan(rows(count=200), hardware=hardware, model="auto").warnings]
+    assert severities == sorted(severities)
