@@ -17,6 +17,8 @@ from advisor.types import MemorySettings, ModelSpec
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 PAIRED = frozenset({"dpo", "orpo", "simpo", "reward"})
 SOFT_CAPPED = frozenset({"gemma2"})
+INTO_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"})
+INTO_MLP = frozenset({"gate_proj", "up_proj", "gate_up_proj", "c_fc"})
 OUT_OF_MLP = frozenset({"down_proj", "mlp.c_proj"})
 
 
@@ -141,11 +143,17 @@ def _inputs(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
         copied = mixed(settings) and settings.weight_bits == 32
         readers = sum(_reads_hidden(one) for one in plan.linears) if copied else 2
         return a * (readers * hidden + ffn)
-    if tuner in LOW_RANK or tuner == "vera":
-        return _adapter_inputs(spec, targeted(plan.linears, settings.target), settings)
+    chosen = targeted(plan.linears, settings.target)
+    if tuner == "vera":
+        return adapter_bytes(settings) * sum(settings.lora_r + one.outputs for one in chosen)
+    if tuner in LOW_RANK:
+        kept = _adapter_inputs(spec, chosen, settings)
+        if tuner == "dora":
+            kept += (a + adapter_bytes(settings)) * sum(one.outputs for one in chosen)
+        return kept
     if tuner == "ia3":
-        chosen = ia3_targets(spec, plan, settings)
-        return sum(4 * one.inputs if one.name in OUT_OF_MLP else a * one.outputs for one in chosen)
+        scaled = ia3_targets(spec, plan, settings)
+        return sum(4 * one.inputs if one.name in OUT_OF_MLP else a * one.outputs for one in scaled)
     if tuner == "adapter":
         return 2 * a * (hidden + 2 * settings.bottleneck)
     return 0
@@ -158,13 +166,10 @@ def _adapter_inputs(spec: ModelSpec, chosen: tuple[Linear, ...], settings: Memor
     if width > a:
         each = a if mixed(settings) else width
         return inner + each * sum(one.inputs for one in chosen)
-    groups = {
-        "attention": any(_reads_hidden(one) and one.name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn")
-                         for one in chosen),
-        "mlp": any(one.name in ("gate_proj", "up_proj", "gate_up_proj", "c_fc") for one in chosen),
-    }  # fmt: skip
-    down = any(one.name in OUT_OF_MLP for one in chosen)
-    return inner + a * (sum(groups.values()) * spec.shape.hidden + (spec.shape.intermediate if down else 0))
+    names = {one.name for one in chosen}
+    shared = bool(names & INTO_ATTENTION) + bool(names & INTO_MLP)
+    down = spec.shape.intermediate if names & OUT_OF_MLP else 0
+    return inner + a * (shared * spec.shape.hidden + down)
 
 
 def backward_extra_per_token(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
@@ -184,7 +189,7 @@ def _leaving_mlp(plan: Layout, settings: MemorySettings, stream: int, ffn: int) 
         return stream + 2 * ffn
     if tuner == "ia3":
         return stream + 6 * ffn
-    chosen = targeted(plan.linears, settings.target) if tuner in LOW_RANK or tuner == "vera" else ()
+    chosen = targeted(plan.linears, settings.target) if tuner in LOW_RANK else ()
     if not any(one.name in OUT_OF_MLP for one in chosen):
         return stream + 3 * ffn
     if adapter_bytes(settings) <= a:

@@ -234,7 +234,7 @@ def _generation(case: _Case) -> Part:
 
 def _device(case: _Case, allocated: int) -> tuple[Part, Part]:
     facts = case.rules["device"][case.settings.device]
-    share = facts["fragmentation_full" if act.trains_everything(case.settings) else "fragmentation_adapters"]
+    share = facts[f"fragmentation_{_class(case.settings)}"]
     return (
         Part(
             name="allocator",
@@ -249,6 +249,13 @@ def _device(case: _Case, allocated: int) -> tuple[Part, Part]:
             source=facts["source"],
         ),
     )
+
+
+def _class(settings: MemorySettings) -> str:
+    """The class by which errors and fragmentation are kept."""
+    if act.trains_everything(settings):
+        return "full"
+    return "quantised" if settings.weight_bits < 16 else "adapters"
 
 
 def _width(case: _Case) -> tuple[float, float]:
