@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+from advisor import __version__
 from advisor.errors import AdvisorError, DiskError, HubError, UsageError, nearest
 from advisor.types import Record
 from advisor.units import format_bytes
@@ -116,6 +117,7 @@ def _snapshot(
                 ignore_patterns=list(MODEL_LEAVES) if kind == "model" else None,
                 local_files_only=offline,
                 library_name="ftadvisor",
+                library_version=__version__,
             )
             return Snapshot(path=Path(path), revision=Path(path).name)
         except (httpx2.HTTPError, OSError, hub.errors.EntryNotFoundError, ValueError) as error:
@@ -217,7 +219,7 @@ def _disk_full(repository: str) -> DiskError:
     free = format_bytes(shutil.disk_usage(place).free)
     return DiskError(
         f"The disk is full: {free} free at {place} while fetching {repository}.",
-        "Free some space or set HF_HOME to a folder on another disk; the download goes on where it stopped.",
+        "Free some space or set HF_HOME to a folder on another disk; complete files are kept.",
     )
 
 
@@ -233,6 +235,6 @@ def _unreachable(error: Exception, repository: str, kind: Kind, *, offline: bool
         )
     return HubError(
         f"The hub cannot be reached, or the download of {repository} broke off: {type(error).__name__}.",
-        "Run the same command again: it resumes. If it was fetched before: --offline. A folder works too.",
+        "Run the command again: complete files are kept. Fetched before? Add --offline. A folder works too.",
         code="hub_unreachable",
     )

@@ -18,7 +18,7 @@ Row = Mapping[str, object]
 
 _REMEDIES = {
     "empty_answer": "Fill the answers or delete the rows: they would teach the model to say nothing.",
-    "no_assistant_turn": "Give each conversation a turn of the assistant.",
+    "no_assistant_turn": "Give each conversation an answer. Prompts alone go into a column named prompt.",
     "unknown_role": "Name the roles system, user, assistant or tool (ShareGPT: human, gpt).",
     "content_not_text": "Keep text only; rows with other content are left out of training.",
     "not_a_conversation": "Write each conversation as a list of {role, content}.",

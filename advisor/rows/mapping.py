@@ -106,10 +106,8 @@ def _kind_of_chat(roles: dict[str, str], rows: Sequence[Row]) -> tuple[DataKind,
     calls = "function_call" in spoken or any(turn.get("tool_calls") for turn in turns)
     if calls or ("tools" in roles and any(row.get(roles["tools"]) for row in rows)):
         return "tool_calling", ("messages", "system", "tools")
-    if spoken <= {"user", "system"}:
-        if "reference" in roles:
-            return "prompts_with_answers", ("messages", "system", "reference")
-        return "prompts", ("messages", "system")
+    if spoken <= {"user", "system"} and "reference" in roles:
+        return "prompts_with_answers", ("messages", "system", "reference")
     if _thinks([str(turn.get("content", turn.get("value", ""))) for turn in turns]) or any(
         turn.get("reasoning_content") for turn in turns
     ):
