@@ -61,7 +61,7 @@ def find_phrase(text: str, words: Iterable[str]) -> str | None:
     best: str | None = None
     for word in words:
         plain = normalise(word)
-        if best is not None and len(plain) <= len(best):
+        if plain not in text or (best is not None and len(plain) <= len(best)):
             continue
         for hit in re.finditer(rf"(?<![a-z0-9]){re.escape(plain)}(?![a-z0-9])", text):
             if NEGATION.search(text[: hit.start()]) and not NEGATION.match(plain + " "):

@@ -33,6 +33,8 @@ from advisor.units import from_gib
 
 T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0)]
+SEPARATORS = str.maketrans("", "", " -_./()")
+"""Characters that do not count in an accelerator's name."""
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 REMEDY = "The keys and their values: ftadvisor explain scenario"
@@ -296,7 +298,7 @@ def _plain(name: str) -> str:
     text = re.sub(
         r"\b(nvidia|geforce|amd|radeon|instinct|intel|apple|tesla|quadro|gpu|graphics)\b", " ", name.lower()
     )
-    text = re.sub(r"(\d+)\s*(gib|gb|g)\b", r"\1gb", text)
+    text = re.sub(r"(\d+)\s*(gib|gb)\b", r"\1gb", text)
     return re.sub(r"[^a-z0-9]+", "", text)
 
 
@@ -307,7 +309,9 @@ def _accelerator_key(name: str, memory_gib: float | None, knowledge: Knowledge) 
         return None
     exact, longer = [], []
     for key, facts in knowledge.accelerators.items():
-        for alias in {key, facts.name, *facts.aliases}:
+        for alias in (key, facts.name, *facts.aliases):
+            if wanted not in alias.lower().translate(SEPARATORS):
+                continue
             plain = _plain(alias)
             if plain == wanted:
                 exact.append(key)

@@ -110,10 +110,11 @@ def _context(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> Obj
 
 def _few_rows_for_base(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> Objection | None:
     rows = rows_of(situation.demos)
-    twin = any(facts.instruct and base_twin(key, spec.id) for key, facts in knowledge.models.items())
-    if spec.instruct or not twin or situation.texts or situation.scenario.goal.model_state is not None:
+    if spec.instruct or situation.texts or situation.scenario.goal.model_state is not None:
         return None
     if not 0 < rows < rule(knowledge, "data", "rows")["small_below"]:
+        return None
+    if not any(facts.instruct and base_twin(key, spec.id) for key, facts in knowledge.models.items()):
         return None
     return object_to(knowledge, "instruct_base_choice", rows=rows)
 

@@ -74,7 +74,14 @@ def test_dataset_names_do_not_depend_on_their_order() -> None:
 
 @pytest.mark.parametrize(
     ("text", "gib", "count"),
-    [("RTX 3060", 12, 1), ("8xH100", 80, 8), ("2x RTX 3090", 24, 2), ("24GB", 24, 1), ("2 x 16 GiB", 16, 2)],
+    [
+        ("RTX 3060", 12, 1),
+        ("A10G", 24, 1),
+        ("8xH100", 80, 8),
+        ("2x RTX 3090", 24, 2),
+        ("24GB", 24, 1),
+        ("2 x 16 GiB", 16, 2),
+    ],
 )
 def test_hardware_in_one_phrase(text: str, gib: int, count: int) -> None:
     """A name, a count before it, or a bare size are understood."""
