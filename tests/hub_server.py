@@ -41,7 +41,8 @@ class Hub:
     repositories: dict[str, Repository]
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """(method, path, Range header) in order."""
-    user_agents: set[str] = field(default_factory=set)
+    claimed_bytes: dict[str, int] = field(default_factory=dict)
+    """File name -> a size to claim instead of the true one, when asked before the transfer."""
 
 
 @contextmanager
@@ -77,7 +78,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
-        self.hub.user_agents.add(self.headers.get("User-Agent", ""))
         parts = path.strip("/").split("/")
         if parts[:1] == ["api"]:
             self._api("dataset" if parts[1] == "datasets" else "model", "/".join(parts[2:4]), parts[4:])
@@ -104,7 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
                 {"id": name, "sha": COMMIT, "siblings": [{"rfilename": n} for n in _names(repository)]}
             )
         elif rest[0] == "tree" and rest[1] == COMMIT:
-            self._json([_entry(repository, file) for file in _names(repository)])
+            claimed = self.hub.claimed_bytes
+            self._json([_entry(repository, file, claimed.get(file)) for file in _names(repository)])
         else:
             self._refuse(404, "RevisionNotFound", "Invalid rev id")
 
@@ -129,7 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content) - start))
+        claimed = self.hub.claimed_bytes.get(file) if self.command == "HEAD" else None
+        self.send_header("Content-Length", str(claimed or len(content) - start))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
@@ -164,10 +166,11 @@ def _names(repository: Repository) -> list[str]:
     return sorted(str(file.relative_to(repository.folder)) for file in files)
 
 
-def _entry(repository: Repository, file: str) -> dict[str, Any]:
+def _entry(repository: Repository, file: str, claimed: int | None) -> dict[str, Any]:
     content = (repository.folder / file).read_bytes()
+    size = claimed or len(content)
     digest = hashlib.sha256(content).hexdigest()
-    entry: dict[str, Any] = {"type": "file", "path": file, "size": len(content), "oid": digest[:40]}
+    entry: dict[str, Any] = {"type": "file", "path": file, "size": size, "oid": digest[:40]}
     if file.endswith(".safetensors"):
-        entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
+        entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 134}
     return entry

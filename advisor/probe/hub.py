@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 from advisor import __version__
 from advisor.errors import AdvisorError, DiskError, HubError, UsageError, nearest
@@ -56,19 +56,21 @@ def fetch_config(
         HubError: gated, missing, out of reach, or not in the cache; with the next step.
         DiskError: the disk is full.
     """
-    return _snapshot(repository, "model", CONFIG_FILES, revision, offline, tuple(known))
+    return _snapshot(repository, "model", CONFIG_FILES, revision, tuple(known), offline=offline)
 
 
 def fetch_model(
     repository: str, *, revision: str | None = None, offline: bool = False, known: Iterable[str] = ()
 ) -> Snapshot:
     """Fetch a model with its safetensors weights; errors as `fetch_config`."""
-    return _snapshot(repository, "model", MODEL_FILES, revision, offline, tuple(known))
+    return _snapshot(
+        repository, "model", MODEL_FILES, revision, tuple(known), offline=offline, check_space=True
+    )
 
 
 def fetch_dataset(repository: str, *, revision: str | None = None, offline: bool = False) -> Snapshot:
     """Fetch the data files of a dataset; errors as `fetch_config`."""
-    return _snapshot(repository, "dataset", DATASET_FILES, revision, offline, ())
+    return _snapshot(repository, "dataset", DATASET_FILES, revision, offline=offline, check_space=True)
 
 
 def cached_file(repository: str, name: str, *, revision: str | None = None) -> Path | None:
@@ -91,6 +93,7 @@ def _hub() -> ModuleType:
     # read by huggingface_hub when it is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub
+    import huggingface_hub.errors
 
     return huggingface_hub
 
@@ -100,33 +103,48 @@ def _snapshot(
     kind: Kind,
     patterns: tuple[str, ...],
     revision: str | None,
-    offline: bool,  # noqa: FBT001 - private, and its callers pass it on
-    known: tuple[str, ...],
+    known: tuple[str, ...] = (),
+    *,
+    offline: bool,
+    check_space: bool = False,
 ) -> Snapshot:
     hub = _hub()
     import httpx2  # the transport of huggingface_hub
 
+    options: dict[str, Any] = {
+        "repo_type": kind,
+        "revision": revision,
+        "allow_patterns": list(patterns),
+        "ignore_patterns": list(MODEL_LEAVES) if kind == "model" else None,
+        "library_name": "ftadvisor",
+        "library_version": __version__,
+    }
     problem: Exception | None = None
     for _ in range(1 if offline else ATTEMPTS):
         try:
-            path = hub.snapshot_download(
-                repository,
-                repo_type=kind,
-                revision=revision,
-                allow_patterns=list(patterns),
-                ignore_patterns=list(MODEL_LEAVES) if kind == "model" else None,
-                local_files_only=offline,
-                library_name="ftadvisor",
-                library_version=__version__,
-            )
+            if check_space and not offline:
+                _require_space(repository, hub.snapshot_download(repository, dry_run=True, **options))
+            path = hub.snapshot_download(repository, local_files_only=offline, **options)
             return Snapshot(path=Path(path), revision=Path(path).name)
         except (httpx2.HTTPError, OSError, hub.errors.EntryNotFoundError, ValueError) as error:
-            # what arrived stays in the cache, and the next attempt asks for the rest
+            # complete files stay in the cache, and the next attempt asks for the rest
             problem = error
             if not _may_pass(error):
                 break
     assert problem is not None
     raise _explained(problem, repository, kind, offline=offline, known=known) from problem
+
+
+def _require_space(repository: str, files: Iterable[Any]) -> None:
+    """Refuse a download that the disk cannot hold, before it begins.
+
+    Raises:
+        DiskError: with what is needed and what is free.
+    """
+    needed = sum(file.file_size or 0 for file in files if file.will_download)
+    place = _cache_place()
+    if needed > shutil.disk_usage(place).free:
+        raise _disk_full(repository, place, needed)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -188,7 +206,7 @@ def _explained(
                 f"{repository!r} is not a hub id.", "A hub id is owner/name, for example Qwen/Qwen3-0.6B"
             )
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _disk_full(repository)
+            return _disk_full(repository, _cache_place())
     if isinstance(error, PermissionError):
         return DiskError(f"The download folder cannot be written: {error}.", "Set HF_HOME to another folder.")
     return _unreachable(error, repository, kind, offline=offline)
@@ -210,15 +228,21 @@ def _endpoint() -> str:
     return str(constants.ENDPOINT)
 
 
-def _disk_full(repository: str) -> DiskError:
+def _cache_place() -> Path:
+    """Return the nearest folder that exists above the hub's cache."""
     from huggingface_hub import constants
 
     place = Path(constants.HF_HUB_CACHE)
     while not place.exists():
         place = place.parent
+    return place
+
+
+def _disk_full(repository: str, place: Path, needed: int | None = None) -> DiskError:
     free = format_bytes(shutil.disk_usage(place).free)
+    wanted = f"; {repository} needs {format_bytes(needed)}" if needed else f" while fetching {repository}"
     return DiskError(
-        f"The disk is full: {free} free at {place} while fetching {repository}.",
+        f"The disk is full: {free} free at {place}{wanted}.",
         "Free some space or set HF_HOME to a folder on another disk; complete files are kept.",
     )
 

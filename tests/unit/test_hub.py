@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 from hub_server import COMMIT, Hub, Repository, running_hub
 from tiny import make_tiny_model
+
+from advisor.probe.hub import _explained
 
 CHILD = """
 import json, sys
@@ -209,6 +212,22 @@ def test_dataset_comes_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     hub.requests.clear()
     assert _ask(tmp_path / "home", hub.endpoint, "data", "owner/rows", offline=True) == answer
     assert hub.requests == []
+
+
+def test_download_that_the_disk_cannot_hold_does_not_begin(hub: Hub, tmp_path: Path, model: Path) -> None:
+    """The size is known before the transfer; too little space is an error that names both figures."""
+    hub.claimed_bytes["model.safetensors"] = 1 << 60
+    answer = _ask(tmp_path / "home", hub.endpoint, "weights", "owner/plain")
+    assert answer["code"] == "disk"
+    assert "needs" in answer["message"]
+    assert "HF_HOME" in answer["remedy"]
+    assert "model.safetensors" not in _fetched(hub)
+
+
+def test_disk_that_fills_up_is_told_apart() -> None:
+    """A disk that fills during the transfer is not taken for a fault of the network."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert _explained(full, "owner/plain", "model", offline=False, known=()).code == "disk"
 
 
 def test_missing_dataset(hub: Hub, tmp_path: Path) -> None:
