@@ -40,7 +40,7 @@ def check_names(overrides: Mapping[str, Value], sheets: Mapping[str, Sheet]) -> 
         if stage and stage not in sheets:
             raise UnknownNameError("stage", stage, sheets, "The stages of this plan: " + ", ".join(sheets))
         if name not in (sheets[stage].settings if stage else known):
-            raise UnknownNameError("setting", name, known, "ftadvisor explain settings")
+            raise UnknownNameError("setting", name, known, "ftadvisor explain topics")
 
 
 def apply(
@@ -131,5 +131,5 @@ def memory_with(settings: MemorySettings, sheet: Sheet, changed: Iterable[str]) 
         return msgspec.convert({**msgspec.structs.asdict(settings), **changes}, type=MemorySettings)
     except msgspec.ValidationError as problem:
         raise UsageError(
-            f"A setting has a value that does not exist: {problem}", "ftadvisor explain settings"
+            f"A setting has a value that does not exist: {problem}", "ftadvisor explain topics"
         ) from problem

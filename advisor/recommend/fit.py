@@ -170,6 +170,8 @@ def _fit_stage(
         lengths = _text_lengths(lengths, knowledge)
     tries = list(_tries(proposal, objective, lengths, layout, situation, knowledge))
     frugal = tries[-1]
+    if alone := _weights_alone(proposal, frugal, layout, situation):
+        return alone
     least = _estimate(proposal, objective, frugal, layout, situation, knowledge)
     if least[1].peak_bytes.high > free:
         needed = least[1].peak_bytes.high
@@ -194,6 +196,20 @@ def _fit_stage(
     return NoFit(
         needed_bytes=least[1].peak_bytes.high, free_bytes=free, reason="no setting fits"
     )  # pragma: no cover - the last attempt is the frugal one, which fitted
+
+
+def _weights_alone(proposal: Proposal, frugal: _Try, layout: Layout, situation: Situation) -> NoFit | None:
+    """Rule out at once what exceeds the device with its weights alone."""
+    if layout.offload:
+        return None
+    shards = layout.gpus if layout.shard != "none" else 1
+    alone = proposal.spec.parameters * frugal.weight_bits / 8 / shards
+    free = situation.machine.free_bytes
+    if alone <= free:
+        return None
+    share = f" on each of {shards} devices" if shards > 1 else ""
+    reason = f"its weights alone take {format_bytes(alone)}{share}, and {format_bytes(free)} are free"
+    return NoFit(needed_bytes=alone, free_bytes=free, reason=reason)
 
 
 def _tries(
