@@ -121,7 +121,7 @@ def _conversation(row: Row, mapping: Mapping[str, str]) -> list[Message]:
 
 def _prompt_turns(row: Row, mapping: Mapping[str, str]) -> list[Message]:
     value = row.get(mapping["prompt"]) if "prompt" in mapping else None
-    if isinstance(value, list):
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         turns = _turns(value)
     else:
         prompt = _filled(row, mapping, "prompt", "no_prompt")

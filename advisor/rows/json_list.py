@@ -19,7 +19,7 @@ MOST_ROW_BYTES = 1 << 28
 """An object longer than this is taken for one that was never closed."""
 # A whole string, a bracket, or a quote that is not closed on its line (JSON strings hold no line break).
 # No more is needed to find where an element ends.
-_PIECES = re.compile(rb'"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*"|["\[\]{}]')
+_PIECES = re.compile(rb'"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+"|["\[\]{}]')
 
 
 class JsonList:
@@ -45,7 +45,7 @@ class JsonList:
         while True:
             piece = _PIECES.search(self._buffer, self._position)
             if piece is None or piece.group() == b'"':
-                if piece is not None and b"\n" in self._buffer[piece.start() :]:
+                if piece is not None and self._buffer.find(b"\n", piece.start()) >= 0:
                     raise self._unclosed(piece.start())
                 if not self._more():
                     raise self._cut_off()
@@ -67,7 +67,8 @@ class JsonList:
                     return
 
     def _more(self) -> bool:
-        chunk = self._stream.read(BUFFER_BYTES)
+        # growing with the object keeps the work on a long one linear
+        chunk = self._stream.read(max(BUFFER_BYTES, len(self._buffer)))
         keep = self._begin if self._depth > 1 else self._position
         self._count_lines(keep)
         self._buffer = self._buffer[keep:] + chunk

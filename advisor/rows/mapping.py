@@ -93,7 +93,7 @@ def _kind(
         return "prompts", ("system", "prompt")
     if has("text"):
         return "raw_text", ("text",)
-    raise _missing(roles, columns, where, None)
+    raise _unknown(columns, rows, where)
 
 
 def _kind_of_chat(roles: dict[str, str], rows: Sequence[Row]) -> tuple[DataKind, tuple[str, ...]]:
@@ -150,17 +150,33 @@ def _are_marks(rows: Sequence[Row], column: str) -> bool:
     return bool(values) and all(str(value).strip().lower() in known for value in values)
 
 
-def _missing(roles: dict[str, str], columns: Sequence[str], where: str, role: str | None) -> DataError:
-    rules = rule_table("columns")
-    forms = "\n".join(f"  - {form['title']}" for form in rules["forms"])
-    found = ", ".join(columns) or "none"
-    if role is None:
-        lacks = "none of them is known"
-    else:
-        understood = ", ".join(f"{column} ({name})" for name, column in roles.items())
-        lacks = f"understood: {understood}; missing: {rules['columns'][role][0]} (the {role})"
+def _missing(roles: dict[str, str], columns: Sequence[str], where: str, role: str) -> DataError:
+    """One part of a form is not there."""
+    understood = ", ".join(f"{column} ({name})" for name, column in roles.items())
+    name = rule_table("columns")["columns"][role][0]
+    return _columns_error(where, columns, f"understood: {understood}; missing: {name} (the {role})")
+
+
+def _unknown(columns: Sequence[str], rows: Sequence[Row], where: str) -> DataError:
+    """No column is known; the rows may lie one level deeper, or a chat may not be a list of turns."""
+    if len(rows) == 1:
+        for name, value in rows[0].items():
+            if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+                return DataError(
+                    f"{where} is one object; the rows lie under {name!r}.",
+                    f"jq -c '.{name}[]' '{where}' > rows.jsonl",
+                    code="missing_column",
+                )
+    chats = [name for name in columns if name.strip().lower() in rule_table("columns")["columns"]["messages"]]
+    if chats:
+        return _columns_error(where, columns, f"{chats[0]} does not hold a list of turns")
+    return _columns_error(where, columns, "none of them is known")
+
+
+def _columns_error(where: str, columns: Sequence[str], lacks: str) -> DataError:
+    forms = "\n".join(f"  - {form['title']}" for form in rule_table("columns")["forms"])
     return DataError(
-        f"{where}: the columns are {found}; {lacks}.",
+        f"{where}: the columns are {', '.join(columns) or 'none'}; {lacks}.",
         f"Add or rename the column. Accepted forms:\n{forms}",
         code="missing_column",
     )

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -502,6 +503,24 @@ MISSING = {
     "no chosen": ({"prompt": "q", "rejected": "a"}, "chosen"),
     "marks without answers": ({"prompt": "q", "label": True}, "output"),
 }
+
+
+def test_rows_one_level_deeper_are_found() -> None:
+    """A file that wraps its rows in one object is answered with the command that unwraps them."""
+    with pytest.raises(DataError, match="the rows lie under 'data'") as caught:
+        infer_mapping([{"version": 1, "data": [{"text": "a"}]}], where="a.json")
+    assert caught.value.remedy.startswith("jq -c '.data[]' 'a.json'")
+    with pytest.raises(DataError, match="messages does not hold a list of turns"):
+        infer_mapping([{"messages": "hello"}])
+
+
+def test_a_very_long_row_takes_linear_time(tmp_path: Path) -> None:
+    """A list whose one text is megabytes long is read without scanning it again and again."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "x" * 20_000_000}, {"text": "y"}]))
+    began = time.process_time()
+    assert [len(str(row["text"])) for _, row in read_rows(path)] == [20_000_000, 1]
+    assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize(("row", "missing"), MISSING.values(), ids=MISSING)
