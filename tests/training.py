@@ -19,7 +19,8 @@ THINGS = ("door", "boat", "cup", "hill", "lamp", "coat", "bread")
 WEIGHT_BITS = {"full": 32, "lora": 16, "qlora": 4}
 SETTINGS: dict[str, Value] = {
     "learning_rate": 5e-3, "epochs": 1.0, "max_steps": 10, "micro_batch": 4, "effective_batch": 8,
-    "max_seq_len": 128, "warmup_ratio": 0.1, "scheduler": "cosine", "weight_decay": 0.01, "max_grad_norm": 1.0,
+    "max_seq_len": 128,
+    "warmup_ratio": 0.1, "scheduler": "cosine", "weight_decay": 0.01, "max_grad_norm": 1.0,
     "optimizer": "adamw_torch", "precision": "fp32", "double_quant": True, "gradient_checkpointing": False,
     "packing": False, "attention": "sdpa", "loss": "full_logits", "loss_on": "assistant",
     "heldout_fraction": 0.1, "save_every_steps": 4, "keep_checkpoints": 2,

@@ -41,7 +41,7 @@ def classify(status: int, error: dict[str, Any] | None, log: str) -> AdvisorErro
         log: the end of its log.
     """
     if error is not None and error.get("code"):
-        return _rebuilt(str(error["code"]), str(error.get("message", "")), str(error.get("remedy", "")))
+        return _rebuilt(error)
     said = f"{error.get('kind', '')} {error.get('message', '')}" if error else ""
     lower = f"{said}\n{log if error is None else ''}".lower()
     if any(words in lower for words in OUT_OF_MEMORY):
@@ -64,13 +64,16 @@ def classify(status: int, error: dict[str, Any] | None, log: str) -> AdvisorErro
     )
 
 
-def _rebuilt(code: str, message: str, remedy: str) -> AdvisorError:
-    for kind in _family(AdvisorError):
-        if kind.code == code:
-            error = AdvisorError.__new__(kind)
-            AdvisorError.__init__(error, message, remedy)
-            return error
-    return TrainingError(message, remedy, code=code)
+def _rebuilt(event: dict[str, Any]) -> AdvisorError:
+    """Return the AdvisorError that the program met, of the same class."""
+    classes = {kind.__name__: kind for kind in _family(AdvisorError)}
+    kind = classes.get(str(event.get("kind")), TrainingError)
+    error = kind.__new__(kind)
+    # Some classes build their message from other arguments; here it is already made.
+    AdvisorError.__init__(
+        error, str(event.get("message", "")), str(event.get("remedy", "")), code=str(event["code"])
+    )
+    return error
 
 
 def _family(kind: type[AdvisorError]) -> Iterator[type[AdvisorError]]:

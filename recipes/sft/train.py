@@ -56,7 +56,8 @@ def main(recipe_file: Path) -> int:
     try:
         return train(recipe, file_sha256(recipe_file), events, stop)
     except AdvisorError as error:
-        events.write("error", code=error.code, message=error.message, remedy=error.remedy)
+        kind = type(error).__name__
+        events.write("error", kind=kind, code=error.code, message=error.message, remedy=error.remedy)
         return FAILED
 
 
@@ -141,8 +142,7 @@ def train(recipe: Recipe, recipe_sha256: str, events: EventWriter, stop: StopReq
 
 
 def arguments(recipe: Recipe, settings: SftSettings) -> SFTConfig:
-    """The trainer's arguments; what TRL would choose otherwise is stated, see kb/sources.toml
-    `trl-defaults`."""
+    """Return the trainer's arguments; what TRL would otherwise choose by itself is stated."""
     return SFTConfig(
         output_dir=str(CHECKPOINTS),
         learning_rate=settings.learning_rate,

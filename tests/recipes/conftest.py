@@ -1,4 +1,5 @@
-"""The real trainings that several tests look at; each costs about 15 CPU-seconds of imports, so they are shared."""
+"""The real trainings that several tests look at; each costs about 15 CPU-seconds of imports, so they are
+shared."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, data_file: Path) -> dict[str, Trained]:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, data_file: Path
+) -> dict[str, Trained]:
     """One uninterrupted run of each tuner."""
     done = {}
     for tuner in ("full", "lora", "qlora"):

@@ -1,0 +1,225 @@
+"""Only answers are trained on, each with its end, and every row is accounted for."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import CHATML, make_tiny_model
+from training import SETTINGS, rows, write_rows
+
+pytest.importorskip("torch")
+from transformers import AutoTokenizer
+
+from advisor.errors import DataError, ModelError
+from advisor.train.answers import Template, read_template, render_answers
+from advisor.train.data import IGNORED, Prepared, Row, prepare, split
+from advisor.train.model import settle_ending
+from advisor.train.settings import SftSettings
+from advisor.types import RecipeDataset
+
+UNMARKED = CHATML.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+END_OUTSIDE = CHATML.replace(
+    "{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}",
+    "{{- message['content'] -}}{%- endgeneration -%}{{- '<|im_end|>' -}}",
+)
+FORGETS_THOUGHTS = UNMARKED.replace(
+    "message['content'] + '<|im_end|>' -}}",
+    "(message['content'] if loop.last else message['content'].split('</think>')[-1]) + '<|im_end|>' -}}",
+    1,
+)
+THOUGHT = {"role": "assistant", "content": "<think>Hm.</think>Yes."}
+CHAT = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Tea?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "Milk?"},
+    {"role": "assistant", "content": "No, thanks."},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's folder."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"), hidden=64)
+
+
+@pytest.fixture
+def tokenizer(folder: Path) -> Any:
+    """Its tokenizer, fresh for each test."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def settings(**changes: Any) -> SftSettings:
+    """Settings of a recipe."""
+    return SftSettings(**{**SETTINGS, "weight_bits": 32, **changes})
+
+
+def prepared(tokenizer: Any, path: Path, *, kind: str = "instruction", **changes: Any) -> Prepared:
+    """Prepare a file with a tokenizer's template."""
+    one = RecipeDataset(name="data", path=str(path), kind=kind)  # type: ignore[arg-type]
+    return prepare((one,), tokenizer, read_template(tokenizer, "tiny"), settings(**changes))
+
+
+def trained_text(tokenizer: Any, row: dict[str, Any]) -> str:
+    """Return what is trained on, the rest as a bar."""
+    return "".join(
+        tokenizer.decode([token]) if label != IGNORED else "|"
+        for token, label in zip(row["input_ids"], row["labels"], strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, UNMARKED, END_OUTSIDE], ids=["marked", "unmarked", "end-outside"]
+)
+def test_only_answers_and_their_ends_are_trained_on(tokenizer: Any, tmp_path: Path, template: str) -> None:
+    """Whatever the template marks, the trained tokens are the answers with <|im_end|>, and no other token."""
+    tokenizer.chat_template = template
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": CHAT}])
+    made = prepared(tokenizer, path, kind="chat", heldout_fraction=0.0)
+    text = trained_text(tokenizer, made.train[0])
+    assert [piece for piece in text.split("|") if piece] == [
+        "Yes.<",
+        "im_end",
+        ">",
+        "No, thanks.<",
+        "im_end",
+        ">",
+    ]
+    assert made.account.end_trained_rows == made.account.rows == 1
+    shown = "".join(piece["text"] for piece in made.account.sample if piece["trained"])
+    assert shown == "Yes.<|im_end|>No, thanks.<|im_end|>"
+    assert tokenizer.decode(made.train[0]["input_ids"]) == tokenizer.apply_chat_template(CHAT, tokenize=False)
+
+
+def test_the_prompt_is_what_the_model_will_be_given(tokenizer: Any, tmp_path: Path) -> None:
+    """The tokens before the answer equal those of the prompt with its generation header."""
+    made = prepared(tokenizer, write_rows(tmp_path / "d.jsonl", rows(5)), heldout_fraction=0.0)
+    for row, given_row in zip(made.train, rows(5), strict=True):
+        first = next(n for n, label in enumerate(row["labels"]) if label != IGNORED)
+        asked = [{"role": "user", "content": given_row["instruction"]}]
+        assert row["input_ids"][:first] == tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, return_dict=False
+        )
+    assert made.account.prompts_checked == 5
+
+
+def test_an_answer_that_the_template_rewrites_is_not_trained_on(tokenizer: Any, tmp_path: Path) -> None:
+    """Where a template drops the thoughts of earlier answers, only the last answer is trained on."""
+    tokenizer.chat_template = FORGETS_THOUGHTS
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": [*CHAT[:2], THOUGHT, *CHAT[3:]]}])
+    made = prepared(tokenizer, path, kind="chat", heldout_fraction=0.0)
+    shown = "".join(piece["text"] for piece in made.account.sample if piece["trained"])
+    assert shown == "No, thanks.<|im_end|>"
+
+
+def test_all_tokens_are_trained_on_when_asked(tokenizer: Any, tmp_path: Path) -> None:
+    """loss_on: all leaves nothing out."""
+    made = prepared(tokenizer, write_rows(tmp_path / "d.jsonl", rows(3)), loss_on="all", heldout_fraction=0.0)
+    assert made.train[0]["labels"] == made.train[0]["input_ids"]
+
+
+def test_long_rows_keep_whole_answers_or_are_left_out(tokenizer: Any, tmp_path: Path) -> None:
+    """A cut never loses an end token, and what is cut or left out is counted with its place."""
+    long = [*CHAT, {"role": "user", "content": "Why? " * 40}, {"role": "assistant", "content": "So. " * 40}]
+    only_long = [{"role": "user", "content": "Why? " * 80}, {"role": "assistant", "content": "So."}]
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": CHAT}, {"messages": long}, {"messages": only_long}])
+    made = prepared(tokenizer, path, kind="chat", max_seq_len=100, heldout_fraction=0.0)
+    assert (made.account.rows, made.account.rows_cut, made.account.rows_read) == (2, 1, 3)
+    assert made.account.left_out == {"too_long": 1}
+    assert made.account.examples == {"too_long": ["data row 3"]}
+    assert "row 3" in made.account.warning()
+    assert made.account.end_trained_rows == 2
+    assert made.account.longest <= 100
+    with pytest.raises(DataError, match="max_seq_len"):
+        prepared(tokenizer, path, kind="chat", max_seq_len=8)
+
+
+def test_rows_without_answers_are_counted_or_refused(tokenizer: Any, tmp_path: Path) -> None:
+    """Empty answers are left out with their row numbers; when nothing is left, training is refused."""
+    empty = {"instruction": "Why?", "output": " "}
+    made = prepared(tokenizer, write_rows(tmp_path / "d.jsonl", [*rows(3), empty]), heldout_fraction=0.0)
+    assert (made.account.rows, made.account.left_out) == (3, {"empty_answer": 1})
+    assert made.account.examples["empty_answer"] == ["data row 4"]
+    assert made.account.supervised_min > 0
+    with pytest.raises(DataError, match="None of the 2 rows") as caught:
+        prepared(tokenizer, write_rows(tmp_path / "e.jsonl", [empty, empty]))
+    assert caught.value.code == "no_supervised_tokens"
+
+
+def test_a_template_without_an_end_is_refused(tokenizer: Any) -> None:
+    """No template, nothing after an answer, or an end of several tokens: the model could not learn to
+    stop."""
+    for source, says in ((None, "no chat template"), ("{{ messages[-1].content }}", "nothing after"),
+                         (UNMARKED.replace("<|im_end|>", " the end."), "tokens")):  # fmt: skip
+        tokenizer.chat_template = source
+        with pytest.raises(ModelError, match=says) as caught:
+            read_template(tokenizer, "tiny")
+        assert caught.value.code == "chat_template"
+
+
+def test_the_end_of_turn_becomes_the_end_token(tokenizer: Any) -> None:
+    """A tokenizer that names another end token is corrected, and padding is never the end token."""
+    tokenizer.eos_token, tokenizer.pad_token = "<|endoftext|>", "<|im_end|>"
+    ending = settle_ending(tokenizer, read_template(tokenizer, "tiny").end, rows=512)
+    assert tokenizer.eos_token == ending.end == "<|im_end|>"
+    assert (tokenizer.pad_token, ending.pad) == ("<|pad|>", "<|pad|>")
+    assert ending.pad_id != ending.end_id
+    assert len(ending.changed) == 2
+
+
+def test_padding_takes_a_spare_row_or_stays() -> None:
+    """Without a token that fits, a new one is added only where the embedding has a row for it."""
+    for spare in (1, 0):
+        other = _without_padding()
+        ending = settle_ending(other, "<|im_end|>", rows=len(other) + spare)
+        assert (ending.pad_id != ending.end_id) == bool(spare)
+        assert ending.pad_id < len(other) + spare
+
+
+def _without_padding() -> Any:
+    """Return a tokenizer whose only special token is the end of turn."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|im_end|>")
+
+
+def test_an_unfinished_answer_is_not_found() -> None:
+    """A span without its end token is not used."""
+    template = Template(
+        source="{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %} {% endfor %}",
+        end="<e>",
+        marked=True,
+    )
+    assert render_answers(template, [{"role": "assistant", "content": "x"}], None).spans == ()
+
+
+def _row(key: str) -> Row:
+    return Row(tokens=np.array([1]), labels=np.array([1]), key=key, cut=False)
+
+
+@given(
+    keys=st.lists(st.text("abcdef0123456789", min_size=4, max_size=4), min_size=2, max_size=60),
+    fraction=st.floats(0.0, 0.5),
+    seed=st.integers(0, 5),
+)
+def test_the_split_depends_on_rows_not_on_their_order(keys: list[str], fraction: float, seed: int) -> None:
+    """Shuffled rows give the same split, equal rows lie on one side, and something is left to train on."""
+    heldout, train = split([_row(key) for key in keys], fraction)
+    shuffled = list(keys)
+    random.Random(seed).shuffle(shuffled)
+    again, _ = split([_row(key) for key in shuffled], fraction)
+    assert sorted(row.key for row in heldout) == sorted(row.key for row in again)
+    assert not {row.key for row in heldout} & {row.key for row in train}
+    assert len(heldout) + len(train) == len(keys)
+    assert train
+    assert bool(heldout) == (fraction > 0 and len(set(keys)) > 1)

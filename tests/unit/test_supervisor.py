@@ -1,0 +1,347 @@
+"""The supervisor with small stand-in programs in real processes: refusals, failures, signals, locks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from training import make_run, rows, run, write_rows
+
+import advisor.run.launch
+import advisor.run.supervisor
+from advisor.errors import (
+    DataError,
+    DiskError,
+    InputError,
+    InterruptedRunError,
+    ModelError,
+    RefusedError,
+    TrainingError,
+)
+from advisor.run.events import read_events
+from advisor.run.lock import FolderLock
+from advisor.storage import read_record, write_atomic
+from advisor.types import RunReport
+
+ROOT = Path(__file__).parent.parent.parent
+HEAD = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from advisor.run.events import EventWriter
+events = EventWriter(Path("events.jsonl"), "sft")
+def step(n, loss=1.0, norm=1.0):
+    events.write("step", step=n, total=5, loss=loss, grad_norm=norm, memory_bytes=1000 + n)
+def say(kind, code, message):
+    events.write("error", kind=kind, code=code, message=message, remedy="Do this.")
+    sys.exit(1)
+"""
+
+
+class Stage:
+    """A run folder whose program is a few lines of Python."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.folder = place / "run"
+        self.data = write_rows(place / "data.jsonl", rows(3))
+        make_run(self.folder, tuner="full", model=place, data=self.data)
+
+    def program(self, body: str) -> Path:
+        """Write the program and return the run folder."""
+        (self.place / "recipes" / "sft").mkdir(parents=True, exist_ok=True)
+        text = HEAD.format(root=str(ROOT)) + textwrap.dedent(body)
+        (self.place / "recipes" / "sft" / "train.py").write_text(text)
+        return self.folder
+
+    @property
+    def report(self) -> RunReport:
+        """The report that was written."""
+        return read_record(self.folder / "report.json", RunReport)
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """A place for programs that stand in for training."""
+    for module in (advisor.run.launch, advisor.run.supervisor):
+        monkeypatch.setattr(module, "recipes_dir", lambda: tmp_path / "recipes")
+    return Stage(tmp_path)
+
+
+def test_a_run_reports_what_its_events_say(stage: Stage) -> None:
+    """Steps that were trained twice count once; peak, losses and held-out losses are taken from the
+    events."""
+    folder = stage.program(
+        """
+        events.write("data", supervised_tokens=44, rows=3)
+        events.write("heldout", when="before", loss=3.0)
+        for n in (1, 2, 3, 2, 3, 4, 5):
+            step(n, loss=5.0 - n)
+        events.write("heldout", when="after", loss=1.0)
+        """
+    )
+    seen: list[dict[str, Any]] = []
+    report = run(folder, on_event=seen.append)
+    assert report == stage.report
+    assert (report.status, report.steps, report.steps_planned) == ("done", 5, 5)
+    assert (report.first_loss, report.last_loss) == (4.0, 0.0)
+    assert (report.heldout_loss_before, report.heldout_loss_after) == (3.0, 1.0)
+    assert (report.supervised_tokens, report.measured_peak_bytes) == (44, 1005)
+    assert seen[0]["event"] == "start"
+    assert seen[-1]["event"] == "end"
+    assert seen == list(read_events(folder / "events.jsonl"))
+
+
+def test_the_program_has_no_network_and_a_group_of_its_own(stage: Stage) -> None:
+    """The child is offline, sends no telemetry, and a terminal's Ctrl-C does not reach it directly."""
+    folder = stage.program(
+        """
+        names = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "OMP_NUM_THREADS")
+        env = {n: os.environ.get(n) for n in names}
+        events.write("note", message="x", env=env, group=os.getpgid(0), safe=sys.flags.safe_path)
+        """
+    )
+    seen: list[dict[str, Any]] = []
+    run(folder, on_event=seen.append)
+    note = next(e for e in seen if e["event"] == "note")
+    assert note["env"] == {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    assert note["group"] != os.getpgid(0)
+    assert note["safe"]
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "code", "says"),
+    [
+        ("say('DataError', 'data', 'Row 3 is bad.')", DataError, "data", "Row 3"),
+        ("say('ModelError', 'chat_template', 'No template.')", ModelError, "chat_template", "No template"),
+        ("say('RefusedError', 'refused', 'Not so.')", RefusedError, "refused", "Not so"),
+        ("say('Strange', 'strange', 'Odd.')", TrainingError, "strange", "Odd"),
+        ("raise RuntimeError('CUDA out of memory.')", TrainingError, "out_of_memory", "out of"),
+        ("say('OutOfMemoryError', None, 'Out of memory.')", TrainingError, "out_of_memory", "ran out of"),
+        ("raise MemoryError", TrainingError, "out_of_memory", "memory"),
+        ("raise OSError(28, 'No space left on device')", DiskError, "disk", "full"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", TrainingError, "out_of_memory", "from outside"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", TrainingError, "training", "SIGSEGV"),
+        ("print('the last words'); sys.exit(7)", TrainingError, "training", "the last words"),
+    ],
+)  # fmt: skip
+def test_a_failure_is_named_and_reported(
+    stage: Stage, body: str, error: type[Exception], code: str, says: str
+) -> None:
+    """Each way to fail becomes one error with a remedy, and report.json says so too."""
+    folder = stage.program(body)
+    with pytest.raises(error, match=says) as caught:
+        run(folder)
+    assert caught.value.code == code  # type: ignore[attr-defined]
+    assert caught.value.remedy  # type: ignore[attr-defined]
+    assert stage.report.status == "failed"
+    assert says in str(stage.report.error)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(stage: Stage) -> None:
+    """The policy's decision is carried out and journalled, even when the program would go on."""
+    folder = stage.program("step(1); step(2, loss=float('nan')); time.sleep(60)")
+    with pytest.raises(TrainingError) as caught:
+        run(folder)
+    assert caught.value.code == "loss_not_finite"
+    assert any("not a finite number" in decision for decision in stage.report.decisions)
+
+
+def test_the_first_interrupt_asks_and_the_second_kills(stage: Stage) -> None:
+    """A program that does not stop when asked is ended by the second Ctrl-C."""
+    folder = stage.program(
+        """
+        signal.signal(signal.SIGTERM, lambda *_: events.write("note", message="asked"))
+        step(1)
+        time.sleep(60)
+        time.sleep(60)
+        """
+    )
+
+    def press(event: dict[str, Any]) -> None:
+        if event["event"] == "step" or event.get("message") == "asked":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    begin = time.monotonic()
+    with pytest.raises(InterruptedRunError):
+        run(folder, on_event=press)
+    assert time.monotonic() - begin < 20
+    assert stage.report.status == "interrupted"
+
+
+def test_an_interrupt_lets_the_program_finish_well(stage: Stage) -> None:
+    """A program that ends its work although it was asked to stop is done, not interrupted."""
+    folder = stage.program(
+        """
+        asked = []
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+        step(1)
+        while not asked:
+            time.sleep(0.01)
+        """
+    )
+    report = run(
+        folder, on_event=lambda e: os.kill(os.getpid(), signal.SIGINT) if e["event"] == "step" else None
+    )
+    assert report.status == "done"
+
+
+def test_a_second_run_in_the_folder_is_refused(stage: Stage) -> None:
+    """While one run works, another one is told which process holds the folder."""
+    folder = stage.program("step(1)")
+    refused: list[RefusedError] = []
+
+    def again(event: dict[str, Any]) -> None:
+        if event["event"] == "start":
+            with pytest.raises(RefusedError) as caught:
+                run(folder, resume=True)
+            refused.append(caught.value)
+
+    run(folder, on_event=again)
+    assert refused[0].code == "folder_locked"
+    assert str(os.getpid()) in refused[0].message
+
+
+def test_a_lock_left_by_a_dead_process_does_not_hold(stage: Stage) -> None:
+    """Only a living process holds the folder, whatever the lock file says."""
+    folder = stage.program("step(1)")
+    (folder / ".lock").write_text("1\n")
+    assert run(folder).status == "done"
+
+
+def test_a_used_folder_needs_resume(stage: Stage) -> None:
+    """A finished folder points to the export, an unfinished one to --resume; nothing is overwritten."""
+    folder = stage.program("step(1); sys.exit(1)")
+    with pytest.raises(TrainingError):
+        run(folder)
+    with pytest.raises(RefusedError, match="unfinished") as caught:
+        run(folder)
+    assert "--resume" in caught.value.remedy
+    stage.program("step(2)")
+    done = run(folder, resume=True)
+    assert run(folder, resume=True) == done
+    with pytest.raises(RefusedError, match="already trained") as caught:
+        run(folder)
+    assert "export" in caught.value.remedy
+
+
+def test_a_changed_recipe_or_dataset_is_not_resumed(stage: Stage) -> None:
+    """Checkpoints belong to one recipe and one dataset."""
+    folder = stage.program("step(1); sys.exit(1)")
+    with pytest.raises(TrainingError):
+        run(folder)
+    recipe = folder / "recipe.yaml"
+    before = recipe.read_bytes()
+    recipe.write_bytes(before.replace(b"seed: 7", b"seed: 8"))
+    with pytest.raises(RefusedError, match=r"recipe\.yaml was changed"):
+        run(folder, resume=True)
+    recipe.write_bytes(before)
+    write_rows(stage.data, rows(4))
+    with pytest.raises(RefusedError, match="data was changed"):
+        run(folder, resume=True)
+
+
+def test_data_that_changed_since_the_plan_is_said(stage: Stage) -> None:
+    """The run goes on, with a warning."""
+    folder = stage.program("step(1)")
+    recipe = folder / "recipe.yaml"
+    recipe.write_bytes(recipe.read_bytes().replace(b"sha256: null", b"sha256: abc"))
+    seen: list[dict[str, Any]] = []
+    run(folder, on_event=seen.append)
+    assert any(e["event"] == "warning" and "changed since the plan" in e["message"] for e in seen)
+
+
+def test_too_little_disk_is_said_before_anything_starts(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers are in the message, and the folder stays unused."""
+    folder = stage.program("step(1)")
+    job = advisor.run.supervisor.read_job(folder)
+    band = {"low": 1.0, "expected": 2.0, "high": 3.0}
+    estimate = {"peak_bytes": band, "parts": {}, "seconds": band, "disk_bytes": 1 << 60}
+    planned = msgspec.structs.replace(
+        job, estimate=msgspec.convert(estimate, advisor.run.supervisor.StageEstimate)
+    )
+    monkeypatch.setattr(advisor.run.supervisor, "read_job", lambda _: planned)
+    with pytest.raises(DiskError, match="are free"):
+        run(folder)
+    assert not list(read_events(folder / "events.jsonl"))
+
+
+def test_what_is_missing_is_said(stage: Stage) -> None:
+    """No folder, no recipe, no data, no program: each names the thing."""
+    with pytest.raises(InputError, match="no run folder"):
+        run(stage.place / "nowhere")
+    with pytest.raises(InputError, match=r"no recipe\.yaml"):
+        run(stage.place)
+    with pytest.raises(RefusedError, match="no training program 'sft'"):
+        run(stage.folder)
+    folder = stage.program("step(1)")
+    stage.data.unlink()
+    with pytest.raises(DataError, match=r"data\.jsonl"):
+        run(folder)
+
+
+def test_several_stages_are_refused(stage: Stage) -> None:
+    """A plan of more than one stage is not run half."""
+    folder = stage.program("step(1)")
+    content = (folder / "recipe.yaml").read_bytes()
+    write_atomic(folder / "recipe-1-sft.yaml", content)
+    (folder / "recipe.yaml").rename(folder / "recipe-2-dpo.yaml")
+    with pytest.raises(RefusedError, match="1-sft, 2-dpo"):
+        run(folder)
+
+
+def test_the_program_ends_with_its_supervisor(stage: Stage) -> None:
+    """When the supervisor is killed, the program is asked to stop, and the folder is free again."""
+    folder = stage.program(
+        """
+        from advisor.train.process import StopRequest, end_with_parent
+        stop = StopRequest(); stop.install(); end_with_parent()
+        step(1)
+        while not stop.asked:
+            time.sleep(0.01)
+        events.write("note", message="stopped well")
+        """
+    )
+    script = f"""
+import sys
+from pathlib import Path
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import advisor.run.launch, advisor.run.supervisor
+for module in (advisor.run.launch, advisor.run.supervisor):
+    module.recipes_dir = lambda: Path({str(stage.place / "recipes")!r})
+from training import run
+run(Path({str(folder)!r}))
+"""
+    supervisor = subprocess.Popen([sys.executable, "-c", script])
+    _wait_for(folder, "step")
+    supervisor.kill()
+    supervisor.wait()
+    assert _wait_for(folder, "note")["message"] == "stopped well"
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            with FolderLock(folder):
+                return
+        except RefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def _wait_for(folder: Path, name: str) -> dict[str, Any]:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for event in read_events(folder / "events.jsonl"):
+            if event["event"] == name:
+                return event
+        time.sleep(0.05)
+    raise AssertionError(f"no event {name!r}")
