@@ -1,7 +1,7 @@
 """Is the memory estimate true? Compares it with peaks that others measured, and keeps the table.
 
-Goes in: a CSV of measured rows (default benchmarks/data/measured_memory.csv) and the assumptions of each source.
-Comes out: benchmarks/results/memory-<date>.md and the same on the screen. Never does: train; fit anything.
+Goes in: a CSV of measured rows (default benchmarks/data/measured_memory.csv) and the assumptions of each
+source. Comes out: benchmarks/results/memory-<date>.md and the same on the screen. Never does: train; fit.
 
     python benchmarks/memory.py [CSV] [--out FILE]
 """
@@ -28,7 +28,8 @@ from advisor.units import GIB
 HERE = Path(__file__).parent
 TUNERS = {
     "full": "full", "lora": "lora", "qlora": "lora", "ia3": "ia3", "ln_tuning": "layernorm",
-    "prefix_tuning": "prefix_tuning", "prompt_tuning": "prompt_tuning", "p_tuning": "p_tuning", "vera": "vera",
+    "prefix_tuning": "prefix_tuning", "prompt_tuning": "prompt_tuning", "p_tuning": "p_tuning",
+    "vera": "vera",
 }  # fmt: skip
 APPROXIMATE = ("phi-1.5", "StableLM Alpha")
 

@@ -38,10 +38,8 @@ def stream_bytes(settings: MemorySettings) -> int:
 
 
 def adapter_bytes(settings: MemorySettings) -> int:
-    """Bytes of one adapter weight."""
-    if settings.adapter_bits is not None:
-        return settings.adapter_bits // 8
-    return 2 if settings.weight_bits in (4, 8) and settings.precision != "fp32" else 4
+    """Bytes of one adapter weight; 32 bits unless told otherwise, since small updates vanish in 16."""
+    return (settings.adapter_bits or 32) // 8
 
 
 def rows(settings: MemorySettings) -> int:
@@ -56,7 +54,7 @@ def tokens(settings: MemorySettings) -> int:
 
 
 def masked(settings: MemorySettings) -> bool:
-    """True when SDPA gets a mask: keys and values are then repeated for every query head, and all are kept."""
+    """True when SDPA gets a mask: keys and values are then repeated for every query head and kept."""
     return settings.attention == "sdpa" and (settings.packed or rows(settings) > 1)
 
 
@@ -183,7 +181,7 @@ def backward_extra_per_token(spec: ModelSpec, plan: Layout, settings: MemorySett
 
 
 def _leaving_mlp(plan: Layout, settings: MemorySettings, stream: int, ffn: int) -> int:
-    """Gradients at that moment, less what the way out of the MLP has let go; a norm after it has passed already."""
+    """Gradients at that moment, less what the way out of the MLP has let go of already."""
     tuner, a = tuner_name(settings.tuner), compute_bytes(settings)
     if tuner == "full":
         return stream + 2 * ffn

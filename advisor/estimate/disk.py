@@ -54,7 +54,7 @@ def estimate_disk(
         bits_per_weight: bits of each of those names.
 
     Returns:
-        Bytes for `download` (0 when the model is a folder here), `checkpoints`, `result`, `export` and `total`.
+        Bytes for `download` (0 when the model is a folder here), `checkpoints`, `result`, `export`, `total`.
     """
     plan = layout(spec)
     trained = count(spec, plan, settings)

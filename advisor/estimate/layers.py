@@ -1,8 +1,9 @@
 """Which weight matrices, vectors and tables does a model have?
 
-Goes in: a ModelSpec. Comes out: `Layout` with every linear layer by the name that PEFT matches, every norm and
-every table, so that counts are exact for the families below. Never does: read files, import a model library,
-guess: an unknown family is laid out like Llama, scaled to the stated size, and `Layout.exact` says so.
+Goes in: a ModelSpec. Comes out: `Layout` with every linear layer by the name that PEFT matches, every norm
+and every table, so that counts are exact for the families below. Never does: read files, import a model
+library, guess in silence: an unknown family is laid out like Llama, scaled to its stated size, and
+`Layout.exact` says so.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from advisor.types import ModelShape, ModelSpec, Record
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "attn.c_proj")
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "mlp.c_proj")
 QUERY_VALUE = ("q_proj", "v_proj", "qkv_proj", "c_attn")
-LLAMA_LIKE = frozenset({"llama", "mistral", "granite", "smollm3", "ministral", "seed_oss", "arcee_llama"})
+LLAMA_LIKE = frozenset({"llama", "mistral", "granite", "smollm3", "ministral", "seed_oss"})
 QK_NORM_PER_HEAD = frozenset({"qwen3", "gemma3_text"})
 QK_NORM_WHOLE = frozenset({"olmo2", "olmo3"})
 FOUR_NORMS = frozenset({"gemma2", "gemma3_text"})

@@ -1,8 +1,8 @@
 """How much memory does one training process need at its peak, on its fullest device?
 
-Goes in: a ModelSpec, MemorySettings and the rules of kb/rules/memory.toml. Comes out: a MemoryEstimate, the
-largest of all phases, in parts that each carry their formula and source. Never does: load a model, look at the
-machine, guess in silence: what is unknown is named in `notes` and widens the band.
+Goes in: a ModelSpec, MemorySettings and the rules of kb/rules/memory.toml. Comes out: a MemoryEstimate,
+the largest of all phases, in parts that each carry their formula and source. Never does: load a model, look
+at the machine, guess in silence: what is unknown is named in `notes` and widens the band.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _gradients_at_first(case: _Case, gradients: Part) -> Part:
 
 
 def _pending(case: _Case, *, ends: bool) -> list[Part]:
-    """Gradients of embedding and output matrix on their way: a tied matrix waits for both of its gradients."""
+    """Gradients of embedding and output matrix on their way: a tied matrix waits for its second one."""
     if not act.trains_everything(case.settings):
         return []
     size, settings = states.stored_bytes(case.settings), case.settings

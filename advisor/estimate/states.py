@@ -1,7 +1,7 @@
-"""How many bytes do weights, adapters, gradients, optimizer states and communication hold, whatever the batch?
+"""How many bytes do weights, adapters, gradients, optimizer states and communication hold at any batch?
 
-Goes in: a ModelSpec, its Layout, MemorySettings and kb/rules/memory.toml. Comes out: parts with formula and source.
-Never does: count activations; choose a phase.
+Goes in: the Layout of a model, MemorySettings and kb/rules/memory.toml. Comes out: parts with formula and
+source. Never does: count activations; choose a phase.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _small(tuner: str, spec: ModelSpec, plan: Layout, settings: MemorySettings) 
 
 
 def ia3_targets(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> tuple[Linear, ...]:
-    """Return PEFT's own choice, unless modules are named: keys or queries, values, and the way out of the MLP."""
+    """Return PEFT's own choice (keys or queries, values, the way out of the MLP) unless modules are named."""
     if settings.target not in ("all-linear", "default", "keys-values-feedforward"):
         return _targets(plan, settings)
     first = "q_proj" if spec.model_type in IA3_QUERY_VALUE else "k_proj"

@@ -1,0 +1,122 @@
+"""How many operations does one micro batch take, and how fast does the device do them?
+
+Goes in: a ModelSpec, MemorySettings, the facts of the device and kb/rules/time.toml. Comes out: operations,
+and a `Rate`. Never does: measure; count steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from advisor.estimate.activations import trains_everything
+from advisor.estimate.layers import Layout
+from advisor.estimate.states import trained_bytes
+from advisor.types import AcceleratorFacts, Hardware, MemorySettings, ModelSpec, Record
+
+Rules = Mapping[str, Any]
+
+
+class Rate(Record, frozen=True, kw_only=True):
+    """What one device does in a second, and what it loses each time."""
+
+    flops: float
+    """Floating-point operations a second that training reaches."""
+    bytes: float
+    """Bytes a second that memory moves."""
+    overhead_seconds: float
+    """Of one micro batch, whatever its size."""
+    token_seconds: float
+    """Of one generated token of a batch, beyond reading the weights."""
+    low: float
+    high: float
+    """Factors of the band."""
+    notes: tuple[str, ...] = ()
+
+
+def flops(
+    spec: ModelSpec, plan: Layout, settings: MemorySettings, rules: Rules, *, tokens: float, length: float
+) -> float:
+    """Operations of one micro batch of `tokens` tokens in sequences of `length`, forward and backward.
+
+    The input embedding is a table and costs nothing; attention is causal, so a token sees half of the length.
+    """
+    table = rules["flops_per_parameter"]
+    group = "full" if trains_everything(settings) else "adapters"
+    factor = table[group + ("_checkpointed" if settings.gradient_checkpointing else "")]
+    active = spec.active_parameters or plan.parameters
+    matrices = active - (plan.embedding if plan.head else 0) - plan.positions
+    if settings.objective == "reward":
+        matrices -= plan.head or plan.embedding
+    attention = 4 * spec.shape.heads * spec.shape.head_dim * plan.blocks * length / 2
+    return float(tokens * factor * (matrices + attention / 2))
+
+
+def rate(
+    plan: Layout,
+    settings: MemorySettings,
+    accelerator: AcceleratorFacts | None,
+    hardware: Hardware,
+    rules: Rules,
+) -> Rate:
+    """Return what the device reaches; an unknown device gets a slow guess, a wide band and a note."""
+    if settings.device == "cpu":
+        return _processor(settings, hardware, rules["cpu"])
+    facts = rules["gpu"]
+    group = "full" if trains_everything(settings) else "adapters"
+    layer = facts["layer_seconds_quantised" if settings.weight_bits < 16 else f"layer_seconds_{group}"]
+    notes: tuple[str, ...] = ()
+    low, high = facts["spread"]["low"], facts["spread"]["high"]
+    tflops = accelerator.tflops if accelerator else None
+    bandwidth = accelerator.bandwidth_gb_per_s if accelerator else None
+    if tflops is None or bandwidth is None:
+        notes = ("the rate of this device is not known: a slow one is assumed and the range is wide",)
+        low, high = facts["unknown_spread"]["low"], facts["unknown_spread"]["high"]
+    generation = accelerator.generation if accelerator else ""
+    reached = facts["utilisation"].get(generation, facts["utilisation"]["other"])
+    wide = facts["fp32_factor"] if settings.precision == "fp32" else 1.0
+    return Rate(
+        flops=(tflops or facts["unknown_tflops"]) * 1e12 * reached * wide,
+        bytes=(bandwidth or facts["unknown_gb_per_s"]) * 1e9 * facts["bandwidth_share"],
+        overhead_seconds=layer * plan.blocks,
+        token_seconds=facts["token_layer_seconds"] * plan.blocks,
+        low=low,
+        high=high,
+        notes=notes,
+    )
+
+
+def _processor(settings: MemorySettings, hardware: Hardware, facts: Mapping[str, Any]) -> Rate:
+    features, half = set(hardware.cpu_features), settings.precision != "fp32"
+    kind = "plain"
+    if half and features & set(facts["amx_features"]):
+        kind = "amx"
+    elif half and features & set(facts["bf16_features"]):
+        kind = "bf16"
+    elif features & set(facts["avx512_features"]):
+        kind = "avx512"
+    cores = max(1, hardware.cpu_cores)
+    return Rate(
+        flops=facts["flops_per_core"][kind] * cores ** facts["scaling_exponent"],
+        bytes=facts["gb_per_s"] * 1e9,
+        overhead_seconds=facts["overhead_seconds"],
+        token_seconds=facts["overhead_seconds"] / 2,
+        low=facts["spread"]["low"],
+        high=facts["spread"]["high"],
+    )
+
+
+def optimizer_seconds(settings: MemorySettings, memory: Rate, rules: Rules, trainable: int) -> float:
+    """Seconds of one optimizer step: it reads and writes weights, gradients and states once or more."""
+    facts = rules["optimizer"]
+    passes = facts["passes"] + (facts["passes_unfused"] if settings.optimizer in facts["unfused"] else 0.0)
+    return float(trainable * trained_bytes(settings) * passes / memory.bytes)
+
+
+def dequantise_seconds(plan: Layout, settings: MemorySettings, memory: Rate, rules: Rules) -> float:
+    """Seconds of one micro batch that turning 4-bit weights into 16 bits takes, in each pass over them."""
+    if settings.weight_bits >= 16 or settings.device == "cpu":
+        return 0.0
+    facts = rules["quantised"]
+    passes = 3 if settings.gradient_checkpointing else 2
+    return float(passes * plan.blocks * plan.block_weights * facts["bytes_per_weight"] / memory.bytes)
