@@ -141,10 +141,9 @@ def test_replay_makes_the_same_plan(tmp_path: Path, data: Path) -> None:
     (tmp_path / "answers.yaml").write_text(yaml.safe_dump({**ANSWERS, "data": "poems.json"}))
     replayed = _run(["wizard", "--answers", "answers.yaml", "--json", "--out", "a"], tmp_path)
     assert replayed.returncode == 0, replayed.stderr
-    planned = _run(
-        ["plan", "--hardware", "RTX 3060", "--data", "poems.json", "--goal", ANSWERS["goal"], "--deploy", ANSWERS["deploy"],
-         "--no-commercial", "--json", "--out", "b"], tmp_path,
-    )  # fmt: skip
+    wish = ["--goal", str(ANSWERS["goal"]), "--deploy", str(ANSWERS["deploy"]), "--no-commercial"]
+    where = ["--hardware", "RTX 3060", "--data", "poems.json", "--out", "b"]
+    planned = _run(["plan", *where, *wish, "--json"], tmp_path)
     assert planned.returncode == 0, planned.stderr
     assert json.loads(replayed.stdout)["plan"] == json.loads(planned.stdout)
     assert (tmp_path / "a" / "recipe.yaml").read_bytes() == (tmp_path / "b" / "recipe.yaml").read_bytes()
