@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py [--runs 9]
 
-Goes in: the installed command. Comes out: a table of CPU-seconds (user and system, median and worst of the runs).
+Goes in: the installed command. Comes out: a table of CPU-seconds, median and worst.
 """
 
 from __future__ import annotations
