@@ -46,7 +46,7 @@ def understand(goal: Goal, knowledge: Knowledge) -> UnderstoodGoal:
     return UnderstoodGoal(
         task=task, tasks=tuple(tasks), deploy=place, device_bytes=device, wants_gguf=gguf,
         wishes=tuple(sorted(wishes)), requested_method=method, requested_objective=objective,
-        phrases=phrases, unclear=_unclear(goal, tasks, place),
+        phrases=phrases, unclear=_unclear(goal, tasks, wishes, place),
     )  # fmt: skip
 
 
@@ -140,13 +140,13 @@ def _method_named(name: str, rules: Mapping[str, Any], knowledge: Knowledge) -> 
     raise UnknownNameError("method", name, ids.values(), "ftadvisor explain methods")
 
 
-def _unclear(goal: Goal, tasks: Mapping[str, str], place: str) -> tuple[str, ...]:
+def _unclear(goal: Goal, tasks: Mapping[str, str], wishes: Mapping[str, str], place: str) -> tuple[str, ...]:
     unclear = []
     if not tasks:
         said = f"{goal.text!r} names no known kind of task" if goal.text else "the goal was not said"
         unclear.append(f"{said}: taken as following instructions like those in the data")
     if place == "unstated":
         unclear.append("where the model must run was not said: any place with enough memory")
-    if goal.commercial is None and "commercial" not in tasks:
+    if goal.commercial is None and "commercial" not in wishes:
         unclear.append("commercial use was not said: taken as not commercial")
     return tuple(unclear)

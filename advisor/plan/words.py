@@ -136,7 +136,7 @@ def assumptions(case: Case, knowledge: Knowledge) -> tuple[str, ...]:
     ]
     said = [
         f"Understood: {', '.join(heard)}." if heard else "",
-        *(f"Not said: {text}." for text in goal.unclear),
+        *(f"{text[:1].upper()}{text[1:]}." for text in goal.unclear),
     ]
     if case.situation.named.how == "guessed":
         said.append(

@@ -52,10 +52,16 @@ def usual_quant(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> 
 
 
 def choose_file(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> FileChoice:
-    """Choose the quantisation: the usual one for the size, or the largest that the device holds."""
+    """Choose the quantisation: the usual one for the size, or the largest that the device holds.
+
+    Where the model is free, a smaller model is better than one with visible loss.
+    """
     rules = knowledge.rules["deploy"]["quantisation"]
     usual, why = usual_quant(spec, situation, knowledge)
     ladder = [name for name in rules["ladder"] if name in knowledge.quantisations]
+    if situation.spec is None:
+        least = rules["visible_loss_below_bits"]
+        ladder = [name for name in ladder if knowledge.quantisations[name].bits_per_weight >= least]
     start = ladder.index(usual) if usual in ladder else 0
     choices = [_file(spec, name, situation, knowledge, why) for name in ladder[start:] or [usual]]
     fitting = [one for one in choices if one.fits]

@@ -290,7 +290,7 @@ def test_what_was_assumed_is_said() -> None:
     """How the goal was understood and what was left open."""
     text = " ".join(plan(rows(), text="brand tone").assumptions)
     assert "style (from" in text
-    assert "where the model must run was not said" in text
+    assert "Where the model must run was not said" in text
 
 
 def test_every_warning_of_the_planner_is_in_the_knowledge_base() -> None:

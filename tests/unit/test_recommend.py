@@ -496,3 +496,25 @@ def test_the_free_choice_estimates_only_what_it_needs() -> None:
     advice = advise(scenario(rows(), model="auto"), K)
     estimated = [o for o in advice.options if o.fit or o.no_fit]
     assert len(estimated) < len(advice.options) / 4
+
+
+def test_much_text_is_read_by_a_base_model() -> None:
+    """Reading on starts from a base model where the choice is free, and from the named one where it is not."""
+    text = {"kind": "raw_text", "size_mb": 2000}
+    free = plan(text, rows(), model="auto", hardware=A100)
+    assert free.model is not None
+    assert not K.models[free.model.id].instruct
+    named = plan(text, model=LLAMA_8B, hardware=A100)
+    assert named.model is not None
+    assert named.model.id == LLAMA_8B
+
+
+def test_a_free_choice_never_needs_a_quantisation_with_visible_loss() -> None:
+    """Rather a smaller model; for a named one the loss is told."""
+    free = plan(rows(), model="auto", deploy="a laptop with 8GB, ollama")
+    assert free.export is not None
+    assert "quality_loss_low_bit" not in codes(free)
+    named = plan(rows(), model="Qwen/Qwen3-8B", deploy="a laptop with 8GB, ollama")
+    assert named.export is not None
+    assert named.export.quant == "Q3_K_M"
+    assert "quality_loss_low_bit" in codes(named)
