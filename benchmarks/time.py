@@ -83,7 +83,8 @@ def _compare_row(row: dict[str, str]) -> Compared:
     computed = round(length * (PADDED_TO_MEAN if padded else 1))
     settings = MemorySettings(
         tuner=TUNERS[row["method"]], weight_bits=4 if row["quant"] else 16, packed=not padded,
-        micro_batch=int(row["micro_batch"]), seq_len=computed, gradient_checkpointing="yes" in row["grad_ckpt"],
+        micro_batch=int(row["micro_batch"]), seq_len=computed,
+        gradient_checkpointing="yes" in row["grad_ckpt"],
     )  # fmt: skip
     if row["quant"] == "none":
         settings = MemorySettings(
@@ -147,10 +148,10 @@ def report(compared: list[Compared], skipped: dict[str, int]) -> str:
     lines += ["", "## What had to be assumed", ""]
     lines += [
         "- The utilisation of Ampere and Hopper was set from the llm-foundry rows, and the time that a layer",
-        "  loses from other sweeps; the other rows are a test. llm-foundry runs are FSDP over 8 or 16 devices.",
+        "  loses from other sweeps; the other rows are a test. llm-foundry: FSDP over 8 or 16 devices.",
         f"- Rows of PEFT: mean 210 tokens, padded to {PADDED_TO_MEAN} times that in batches of four.",
         "- torchtune compiles; its 4090 rows do not say whether they recompute.",
-        "- S108 to S112 repeat other rows at a third more speed and half the utilisation: 8-bit runs, it seems.",
+        "- S108 to S112 repeat other rows, a third faster at half the utilisation: 8-bit runs, it seems.",
         "", "## Rows left out", "",
     ]  # fmt: skip
     lines += [f"- {number} rows: {reason}" for reason, number in sorted(skipped.items())]

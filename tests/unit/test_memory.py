@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from advisor import knowledge
@@ -70,6 +71,7 @@ SETTINGS = st.builds(
 MODELS = st.sampled_from([spec(family) for family in FAMILIES] + [LLAMA_1B, LLAMA_8B])
 
 
+@budget(deadline=None)
 @given(model=MODELS, settings=SETTINGS)
 def test_parts_sum_to_the_peak_and_the_band_is_ordered(model: ModelSpec, settings: MemorySettings) -> None:
     """Whatever is asked, the parts add up to the expected peak and low <= expected <= high."""
@@ -82,6 +84,7 @@ def test_parts_sum_to_the_peak_and_the_band_is_ordered(model: ModelSpec, setting
     assert found.trainable_parameters >= 0
 
 
+@budget(deadline=None)
 @given(model=MODELS, settings=SETTINGS, more=st.sampled_from(["micro_batch", "seq_len"]))
 def test_more_tokens_never_need_less(model: ModelSpec, settings: MemorySettings, more: str) -> None:
     """A larger batch or a longer row never lowers the estimate."""
@@ -89,12 +92,14 @@ def test_more_tokens_never_need_less(model: ModelSpec, settings: MemorySettings,
     assert _peak(model, larger) >= _peak(model, settings)
 
 
+@budget(deadline=None)
 @given(settings=SETTINGS)
 def test_more_layers_never_need_less(settings: MemorySettings) -> None:
     """A deeper model of the same width never needs less."""
     assert _peak(spec(layers=4), settings) >= _peak(spec(layers=2), settings)
 
 
+@budget(deadline=None)
 @given(model=MODELS, settings=SETTINGS)
 def test_checkpointing_never_raises_the_estimate(model: ModelSpec, settings: MemorySettings) -> None:
     """Recomputing each block never needs more than keeping what all blocks need."""
