@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from advisor.errors import ExportError, InputError, MissingPackageError, RefusedError
 from advisor.probe.gguf_file import NORMALISER_KEY, check_gguf
 from advisor.probe.host import memory
@@ -123,7 +125,7 @@ class ChatSession:
             return found
         try:
             prompt = self._render(messages=turns).prompt
-        except ValueError as problem:
+        except (ValueError, jinja2.TemplateError) as problem:
             raise InputError(
                 f"The chat template refuses this conversation: {problem}", "Start again, without --system."
             ) from problem

@@ -123,6 +123,11 @@ def _header(path: Path) -> dict[str, Stored]:
     }
 
 
+def optional_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, or an empty one where there is no file."""
+    return read_json(path) if path.is_file() else {}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a model folder.
 

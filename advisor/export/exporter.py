@@ -17,10 +17,10 @@ import gguf
 from advisor.errors import ExportError, MissingPackageError, UnknownNameError, UsageError
 from advisor.export.adapter import Adapter, Merged, open_adapter
 from advisor.export.architecture import ModelPlan, plan_model
-from advisor.export.checkpoint import open_checkpoint, read_json
+from advisor.export.checkpoint import open_checkpoint, optional_json
 from advisor.export.files import complete_file, need_space
 from advisor.export.gguf_file import Contents, check_complete, contents, planned_contents, write_gguf
-from advisor.export.lora_file import write_lora
+from advisor.export.lora_file import check_lora, write_lora
 from advisor.export.merged_folder import merged_bytes, write_merged
 from advisor.export.modelfile import modelfile
 from advisor.export.native import run_llama
@@ -118,36 +118,49 @@ def _need_packages() -> None:
 def _export(
     job: Job, targets: tuple[str, ...], quants: tuple[str, ...]
 ) -> tuple[list[ExportedFile], list[str]]:
+    """Refuse what cannot be done and check the space for all of it, before anything is written."""
     files: list[ExportedFile] = []
     notes: list[str] = []
+    prepared = _prepare(job) if "gguf" in targets else None
+    adapter = _lora_of(job) if "lora-gguf" in targets else None
+    needed = merged_bytes(job.merged, job.config) if "merged" in targets else 0
+    need_space(job.out, needed + (_gguf_bytes(prepared[0], quants) if prepared else METADATA_BYTES))
     if "merged" in targets:
-        need_space(job.out, merged_bytes(job.merged, job.config))
         job.on_progress("writing the merged weights")
         files += write_merged(job.out / f"{job.trained.name}-merged", job.trained, job.config, job.merged)
-    if "gguf" in targets:
-        plan = plan_model(job.config, own_head=job.merged.own_head)
-        check_complete(plan, job.merged)
-        vocabulary = read_vocabulary(Path(job.trained.tokenizer), Path(job.trained.base), rows=plan.vocab)
+    if prepared is not None:
+        plan, vocabulary = prepared
         notes += [*plan.notes, *vocabulary.notes]
-        need_space(job.out, _gguf_bytes(plan, quants))
         made = _write_quants(job, plan, vocabulary, quants)
         files += made
         if "modelfile" in targets:
             files.append(_write_modelfile(job, made, vocabulary))
-    if "lora-gguf" in targets:
-        if job.adapter is None:
-            raise ExportError(
-                "There is no adapter: the whole model was trained.", "Export it with --to gguf instead."
-            )
-        path = job.out / f"{job.trained.name}-lora.gguf"
-        need_space(job.out, METADATA_BYTES)
-        job.on_progress("writing the LoRA adapter")
-        with complete_file(path) as aside:
-            write_lora(
-                aside, job.adapter, plan_model(job.config, own_head=True), tied=not job.merged.own_head
-            )
-        files.append(_file(path, "lora_gguf", quant="F32", found=None))
+    if adapter is not None:
+        files.append(_write_lora(job, adapter))
     return files, notes
+
+
+def _prepare(job: Job) -> tuple[ModelPlan, Vocabulary]:
+    plan = plan_model(job.config, own_head=job.merged.own_head)
+    check_complete(plan, job.merged)
+    return plan, read_vocabulary(Path(job.trained.tokenizer), Path(job.trained.base), rows=plan.vocab)
+
+
+def _lora_of(job: Job) -> Adapter:
+    if job.adapter is None:
+        raise ExportError(
+            "There is no adapter: the whole model was trained.", "Export it with --to gguf instead."
+        )
+    check_lora(job.adapter, tied=bool(job.config.get("tie_word_embeddings", False)))
+    return job.adapter
+
+
+def _write_lora(job: Job, adapter: Adapter) -> ExportedFile:
+    path = job.out / f"{job.trained.name}-lora.gguf"
+    job.on_progress("writing the LoRA adapter")
+    with complete_file(path) as aside:
+        write_lora(aside, adapter, plan_model(job.config, own_head=True))
+    return _file(path, "lora_gguf", quant="F32", found=None)
 
 
 def _gguf_bytes(plan: ModelPlan, quants: tuple[str, ...]) -> int:
@@ -228,7 +241,7 @@ def read_contents(path: Path) -> Contents:
 def _write_modelfile(job: Job, made: list[ExportedFile], vocabulary: Vocabulary) -> ExportedFile:
     """Write an Ollama Modelfile for the smallest of the files."""
     best = min(made, key=lambda file: file.bytes)
-    settings = read_json(Path(job.trained.tokenizer) / "tokenizer_config.json")
+    settings = optional_json(Path(job.trained.tokenizer) / "tokenizer_config.json")
     path = job.out / "Modelfile"
     write_atomic(path, modelfile(Path(best.path).name, vocabulary, settings).encode())
     return _file(path, "modelfile", quant=None, found=None)

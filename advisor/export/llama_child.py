@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import llama_cpp
 import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -89,7 +90,7 @@ def _render(model: llama_cpp.Llama, conversation: dict[str, Any]) -> str | None:
     )
     try:
         return str(formatter(messages=conversation["messages"]).prompt)
-    except ValueError:
+    except (ValueError, jinja2.TemplateError):
         return None
 
 

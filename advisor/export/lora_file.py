@@ -17,7 +17,7 @@ from advisor.export.architecture import EMBEDDING, HEAD, ModelPlan, row_order
 from advisor.export.encode import Type
 
 
-def write_lora(path: Path, adapter: Adapter, plan: ModelPlan, *, tied: bool) -> None:
+def write_lora(path: Path, adapter: Adapter, plan: ModelPlan) -> None:
     """Write the low-rank pairs with each module's scale folded into B.
 
     An alpha of zero tells llama.cpp to multiply by one, so that rank and alpha patterns and rsLoRA stay
@@ -25,14 +25,9 @@ def write_lora(path: Path, adapter: Adapter, plan: ModelPlan, *, tied: bool) -> 
 
     Args:
         path: The file to write.
-        adapter: Low-rank changes only.
+        adapter: Low-rank changes only, as `check_lora` finds.
         plan: Of the base, with its output layer.
-        tied: The base shares embedding and output layer.
-
-    Raises:
-        ExportError: the adapter holds more than low-rank changes of linear layers.
     """
-    _check(adapter, tied=tied)
     planned = {tensor.origin: tensor for tensor in plan.tensors}
     writer = gguf.GGUFWriter(path, plan.architecture.gguf)
     try:
@@ -55,7 +50,16 @@ def write_lora(path: Path, adapter: Adapter, plan: ModelPlan, *, tied: bool) -> 
         writer.close()
 
 
-def _check(adapter: Adapter, *, tied: bool) -> None:
+def check_lora(adapter: Adapter, *, tied: bool) -> None:
+    """Refuse what llama.cpp would ignore, scale differently or abort on.
+
+    Args:
+        adapter: As peft saved it.
+        tied: The base shares embedding and output layer.
+
+    Raises:
+        ExportError: the adapter holds more than low-rank changes of linear layers.
+    """
     reasons = []
     if adapter.saved:
         reasons.append(

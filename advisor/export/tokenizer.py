@@ -13,7 +13,7 @@ import gguf
 
 from advisor.errors import ExportError, ModelError
 from advisor.export.chat_template import Conversation, end_of_turn, read_template, render, token_text
-from advisor.export.checkpoint import read_json
+from advisor.export.checkpoint import optional_json, read_json
 from advisor.export.rules import rules
 from advisor.templates import strip_generation_markers
 from advisor.types import Record
@@ -69,7 +69,7 @@ def read_vocabulary(tokenizer: Path, model: Path, *, rows: int) -> Vocabulary:
             f"{tokenizer} has no tokenizer.json.",
             "Load the tokenizer with transformers and save_pretrained it.",
         )
-    data, settings = read_json(path), _optional(tokenizer / "tokenizer_config.json")
+    data, settings = read_json(path), optional_json(tokenizer / "tokenizer_config.json")
     pre = _pre_tokenizer(data)
     normaliser, notes = _normaliser(data.get("normalizer"))
     tokens, types = _tokens(data, rows)
@@ -95,10 +95,6 @@ def read_vocabulary(tokenizer: Path, model: Path, *, rows: int) -> Vocabulary:
     )  # fmt: skip
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
 def _special(settings: dict[str, Any], name: str, ids: dict[str, int]) -> int | None:
     text = token_text(settings, name)
     return None if text is None else ids.get(text)
@@ -116,7 +112,7 @@ def _end_ids(
     if eos is not None:
         found.append(eos)
     for file in ("generation_config.json", "config.json"):
-        value = _optional(model / file).get("eos_token_id")
+        value = optional_json(model / file).get("eos_token_id")
         found += value if isinstance(value, list) else [] if value is None else [value]
     found = [i for i in dict.fromkeys(found) if 0 <= i < len(ids)]
     if not found:

@@ -9,19 +9,23 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advisor.errors import ExportError, MissingPackageError
+from advisor.errors import ExportError, MissingPackageError, RefusedError
 from advisor.export.architecture import ModelPlan, plan_model
 from advisor.export.chat_template import Conversation
+from advisor.export.checkpoint import open_checkpoint
 from advisor.export.native import Arrays, run_llama
 from advisor.export.source import Trained, find_trained
 from advisor.export.tokenizer import Vocabulary, read_vocabulary
 from advisor.probe.gguf_file import check_gguf
+from advisor.probe.host import memory
 from advisor.storage import write_json
 from advisor.types import Check, Verification
+from advisor.units import format_bytes
 from advisor.verify.bounds import VerifyRules, verify_rules
 from advisor.verify.contents import Contents, DamagedError, read_contents
 from advisor.verify.samples import heldout_rows, probe_texts, read_conversations
@@ -89,6 +93,19 @@ def _need_packages() -> None:
             raise MissingPackageError(module, extra)
 
 
+def _check_memory(trained: Trained) -> None:
+    """Refuse to load a model in float32 that the memory does not hold."""
+    stored = open_checkpoint(Path(trained.base)).tensors.values()
+    needed = 4 * sum(math.prod(tensor.shape) for tensor in stored)
+    _, free = memory(Path("/proc"), Path("/sys"))
+    if needed > free:
+        raise RefusedError(
+            f"To compare, the trained model is loaded in float32: {format_bytes(needed)}; "
+            f"{format_bytes(free)} of memory is free.",
+            "Verify on a machine with more memory; exporting itself needs little: export --no-verify",
+        )
+
+
 def _checks(
     gguf: Path, file: Contents, trained: Trained, rows: tuple[Path, ...], on_progress: Callable[[str], None]
 ) -> tuple[Check, ...]:
@@ -100,6 +117,7 @@ def _checks(
     rules = verify_rules()
     config = trained.config
     vocabulary = read_vocabulary(Path(trained.tokenizer), Path(trained.base), rows=config["vocab_size"])
+    _check_memory(trained)
     on_progress("loading the trained model to compare with")
     questions, reference = _reference(trained, rows, probe_texts(rules, vocabulary))
     tied = bool(config.get("tie_word_embeddings", False))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -113,7 +114,12 @@ def _load(trained: Trained) -> tuple[Any, Any]:
             trained.base, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
         if trained.adapter is not None:
-            model = PeftModel.from_pretrained(model, trained.adapter)
+            with warnings.catch_warnings():
+                # peft asks transformers for names that transformers renames, and warns of shared embeddings,
+                # which `_live_ends` takes care of: nothing that a person can do something about.
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.simplefilter("ignore", UserWarning)
+                model = PeftModel.from_pretrained(model, trained.adapter)
     except (OSError, ValueError, RuntimeError, KeyError) as problem:
         raise ModelError(
             f"The trained model cannot be loaded to compare with: {problem}",
@@ -203,7 +209,9 @@ def _weights(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Callable[[]
         for name, module in base.named_modules()
         if isinstance(module, LoraLayer) and not module.use_dora.get("default")
     }
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        # peft warns that merging changes both ends of a shared embedding: `ends` holds what they were.
+        warnings.simplefilter("ignore", UserWarning)
         weights = dict(model.merge_and_unload(safe_merge=True).state_dict()) | ends
     return {name: tensor.detach() for name, tensor in weights.items()}, deltas
 

@@ -6,6 +6,7 @@ dropped bias or a weaker adapter: those hide below the noise of a quantisation.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -25,7 +26,7 @@ def check_tensors(plan: ModelPlan, file: Contents, reference: Reference, bounds:
     expected = set(planned) | ({rope[0]} if rope else set())
     wrong = [f"{name} is missing" for name in sorted(expected - set(file.tensors))]
     wrong += [f"{name} does not belong there" for name in sorted(set(file.tensors) - expected)]
-    worst, worst_name, shares = 0.0, "", list[float]()
+    worst, worst_name, shares = 0.0, "", list[Share]()
     for name in sorted(expected & set(file.tensors)):
         tensor = planned.get(name)
         kind = file.tensors[name].tensor_type.name
@@ -35,7 +36,7 @@ def check_tensors(plan: ModelPlan, file: Contents, reference: Reference, bounds:
         if tensor is None:
             loss, share = _vector_loss(file, name, rope), None
         else:
-            loss, share = _compare(file, tensor, reference, bounds)
+            loss, share = _compare(file, tensor, reference)
         bound = bounds.types.get(kind)
         if bound is None or not loss <= bound:
             limit = "this type is not known" if bound is None else f"{kind} may lose {bound:.2g}"
@@ -44,22 +45,47 @@ def check_tensors(plan: ModelPlan, file: Contents, reference: Reference, bounds:
             worst, worst_name = loss / bound, name
         if share is not None:
             shares.append(share)
-            if not bounds.adapter_share_low <= share <= bounds.adapter_share_high:
-                wrong.append(f"{name} holds {share:.2f} times what the adapter adds")
-    return _verdict(wrong, len(expected), worst, worst_name, shares, bounds)
+    told = _judged(shares, bounds)
+    wrong += [f"{share.name}: {share.value:.2f} times what the adapter adds" for share in told
+              if not bounds.adapter_share_low <= share.value <= bounds.adapter_share_high]  # fmt: skip
+    return _verdict(wrong, len(expected), worst, worst_name, told, bounds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """How many times the adapter's change a tensor holds, and how precisely that can be told."""
+
+    name: str
+    value: float
+    noise: float
+    """Standard deviation that the loss of the type gives to `value`."""
+
+
+def _judged(shares: list[Share], bounds: TensorBounds) -> list[Share]:
+    """Return the shares that can be told precisely: single tensors', and that of all together."""
+    precise = [share for share in shares if share.noise <= bounds.adapter_share_noise]
+    exact = [share for share in shares if share.noise == 0]
+    if len(shares) > 1 and not exact:
+        weights = [1 / share.noise**2 for share in shares]
+        value = sum(w * share.value for w, share in zip(weights, shares, strict=True)) / sum(weights)
+        together = Share(name="all adapted tensors", value=value, noise=1 / math.sqrt(sum(weights)))
+        if together.noise <= bounds.adapter_share_noise:
+            return [together, *precise]
+    return precise
 
 
 def _verdict(
-    wrong: list[str], count: int, worst: float, worst_name: str, shares: list[float], bounds: TensorBounds
+    wrong: list[str], count: int, worst: float, worst_name: str, told: list[Share], bounds: TensorBounds
 ) -> Check:
-    told = f"{count} tensors; the worst, {worst_name}, lost {100 * worst:.0f} % of what its type may"
+    shares = [share.value for share in told]
+    evidence = f"{count} tensors; the worst, {worst_name}, lost {100 * worst:.0f} % of what its type may"
     if shares:
-        told += f"; adapter present {min(shares):.3f} to {max(shares):.3f} times in {len(shares)} tensors"
+        evidence += f"; the adapter is there {min(shares):.3f} to {max(shares):.3f} times"
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return Check(
         name="tensors",
         passed=not wrong,
-        evidence=("; ".join(wrong[:3]) + more) if wrong else told,
+        evidence=("; ".join(wrong[:3]) + more) if wrong else evidence,
         measured={
             "tensors": count,
             "wrong": len(wrong),
@@ -76,10 +102,8 @@ def _verdict(
     )
 
 
-def _compare(
-    file: Contents, tensor: PlannedTensor, reference: Reference, bounds: TensorBounds
-) -> tuple[float, float | None]:
-    """Return the relative loss, and how much of the adapter's change is there where that can be told.
+def _compare(file: Contents, tensor: PlannedTensor, reference: Reference) -> tuple[float, Share | None]:
+    """Return the relative loss, and how much of the adapter's change is there.
 
     The share is one plus the projection of the difference on the change: noise of the type averages out over
     the entries, so that even in four bits a mis-scaled adapter shows.
@@ -101,10 +125,8 @@ def _compare(
     loss = math.sqrt(lost / size) if size else (0.0 if lost == 0 else math.inf)
     if not length:
         return loss, None
-    noise = bounds.types.get(file.tensors[tensor.name].tensor_type.name, 1.0) * math.sqrt(
-        size / math.prod(tensor.shape) / length
-    )
-    return loss, (1 + along / length if noise <= bounds.adapter_share_noise else None)
+    noise = math.sqrt(lost / math.prod(tensor.shape) / length)
+    return loss, Share(name=tensor.name, value=1 + along / length, noise=noise)
 
 
 def _vector_loss(file: Contents, name: str, rope: tuple[str, npt.NDArray[np.float32]] | None) -> float:
