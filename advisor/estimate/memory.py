@@ -62,7 +62,7 @@ def estimate_memory(spec: ModelSpec, settings: MemorySettings, rules: Mapping[st
         parts=tuple(part for part in (*phases[phase], allocator, context) if part.bytes),
         allocated_bytes=_band(allocated, low, high, 0),
         reserved_bytes=_band(allocated + allocator.bytes, low, high, 0),
-        peak_bytes=_band(total, low, high, context.bytes),
+        peak_bytes=_band(total, low, high, 0 if settings.device == "cpu" else context.bytes),
         trainable_parameters=case.trainable,
         notes=_notes(case),
     )
@@ -244,11 +244,15 @@ def _device(case: _Case, allocated: int) -> tuple[Part, Part]:
         ),
         Part(
             name="context",
-            bytes=facts["context_bytes"],
+            bytes=facts["context_bytes"] + (facts.get("bitsandbytes_bytes", 0) if _bitsandbytes(case) else 0),
             formula="what the process holds before the model",
             source=facts["source"],
         ),
     )
+
+
+def _bitsandbytes(case: _Case) -> bool:
+    return case.settings.weight_bits < 16 or "8bit" in case.settings.optimizer
 
 
 def _class(settings: MemorySettings) -> str:

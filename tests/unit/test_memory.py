@@ -246,6 +246,40 @@ def test_allocated_memory_of_full_tuning_on_packed_rows(settings: dict[str, Any]
     assert measured * GIB <= found.high
 
 
+@pytest.mark.parametrize(
+    ("model", "batch", "length", "measured"),
+    [
+        (
+            spec(layers=4, hidden=256, intermediate=768, heads=4, kv_heads=2, head_dim=64, vocab=3072),
+            4,
+            128,
+            994,
+        ),
+        (
+            spec(layers=8, hidden=512, intermediate=1536, heads=8, kv_heads=4, head_dim=64, vocab=16384),
+            2,
+            256,
+            1637,
+        ),
+        (
+            spec(layers=8, hidden=512, intermediate=1536, heads=8, kv_heads=4, head_dim=64, vocab=16384),
+            4,
+            256,
+            1859,
+        ),
+    ],
+    ids=["4M", "34M-2", "34M-4"],
+)
+def test_resident_memory_on_a_processor(model: ModelSpec, batch: int, length: int, measured: int) -> None:
+    """Full tuning with TRL on a CPU, peak resident MiB: within 5%, and never above `high`."""
+    found = estimate(
+        model, tuner="full", weight_bits=32, micro_batch=batch, seq_len=length, gradient_checkpointing=False,
+        loss="full_logits", device="cpu", accumulate=False,
+    ).peak_bytes  # fmt: skip
+    assert found.expected / 2**20 == pytest.approx(measured, rel=0.05)
+    assert measured * 2**20 <= found.high
+
+
 def test_counts_of_published_adapters() -> None:
     """Trained parameters as PEFT's benchmark logged them for Llama-3.2-3B."""
     for settings, logged in (
