@@ -6,17 +6,19 @@ import hashlib
 import json
 import statistics
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHATML, make_tiny_model
 from tokenizers import Tokenizer
 
 from advisor.errors import DataError, ModelError
 from advisor.probe.dataset import profile_dataset
 from advisor.probe.languages import language_of
+from advisor.probe.scan import Scan
 from advisor.types import DatasetProfile, Finding
+from tiny import CHATML, make_tiny_model
 
 ALTERNATING = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
@@ -109,6 +111,18 @@ def test_sample_is_spread_and_the_longest_row_counts(tmp_path: Path) -> None:
     assert profile.max_tokens > 9000
     whole = profile_dataset(source, sample_rows=5000)
     assert whole.p50_tokens == pytest.approx(profile.p50_tokens, rel=0.05)
+
+
+@pytest.mark.parametrize("rows", [99, 100, 101, 199, 200, 250, 2999, 5000])
+def test_sample_is_even_for_any_number_of_rows(rows: int) -> None:
+    """However many rows there are, the sample begins at the first, ends near the last and has no gaps."""
+    scan = Scan("raw_text", {"text": "text"}, sample_rows=100)
+    for number in range(1, rows + 1):
+        scan.add(number, {"text": f"text {number}"})
+    numbers = [number for number, _ in scan.spread()]
+    assert len(numbers) == min(rows, 100)
+    gaps = [after - before for before, after in pairwise([0, *numbers, rows + 1])]
+    assert max(gaps) <= 2 * rows / len(numbers) + 1
 
 
 def test_five_rows_work_and_say_so(tmp_path: Path) -> None:

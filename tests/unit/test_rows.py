@@ -505,6 +505,16 @@ MISSING = {
 }
 
 
+def test_line_is_exact_far_into_a_list(tmp_path: Path) -> None:
+    """Line numbers hold across the pieces in which a large list is read."""
+    rows = [json.dumps({"text": f"row {i} " * 90}) for i in range(1, 4001)]
+    rows[3499] = '{"text": oops}'
+    path = _write(tmp_path / "a.json", "[\n" + ",\n".join(rows) + "\n]")
+    assert path.stat().st_size > 3 << 20
+    with pytest.raises(DataError, match=r"row 3500 \(line 3501\): not valid JSON.*oops"):
+        list(read_rows(path))
+
+
 def test_rows_one_level_deeper_are_found() -> None:
     """A file that wraps its rows in one object is answered with the command that unwraps them."""
     with pytest.raises(DataError, match="the rows lie under 'data'") as caught:
