@@ -264,7 +264,7 @@ def _parsed(text: str, code: str, message: str) -> Any:
 
 
 def _preference(row: Row, mapping: Mapping[str, str]) -> Conversation:
-    chosen, rejected = (_answer(row.get(mapping[role]), role) for role in ("chosen", "rejected"))
+    chosen, rejected = (_answer(row.get(mapping.get(role, "")), role) for role in ("chosen", "rejected"))
     if "messages" in mapping:
         prompt = _conversation(row, {k: v for k, v in mapping.items() if k != "reasoning"})
     elif "prompt" in mapping and not (chosen and chosen[0]["role"] != "assistant"):
@@ -312,9 +312,10 @@ def _common_start(first: list[Message], second: list[Message]) -> list[Message]:
 
 def _unpaired(row: Row, mapping: Mapping[str, str]) -> Conversation:
     marks = names_to_role("columns", "marks")
-    mark = marks.get(str(row.get(mapping["label"])).strip().lower())
+    label = row.get(mapping.get("label", ""))
+    mark = marks.get(str(label).strip().lower())
     if mark is None:
-        raise RowProblem("bad_label", f"the label {row.get(mapping['label'])!r} is neither true nor false")
+        raise RowProblem("bad_label", f"the label {label!r} is neither true nor false")
     if "messages" in mapping:
         turns = _conversation(row, mapping)
         cut = len(turns) - 1
@@ -322,7 +323,10 @@ def _unpaired(row: Row, mapping: Mapping[str, str]) -> Conversation:
             cut -= 1
         prompt, completion = turns[:cut], turns[cut:]
     else:
-        prompt, completion = _prompt_turns(row, mapping), _answer(row.get(mapping["answer"]), "marked")
+        prompt, completion = (
+            _prompt_turns(row, mapping),
+            _answer(row.get(mapping.get("answer", "")), "marked"),
+        )
     if not prompt:
         raise RowProblem("no_prompt", "there is nothing before the answer")
     check_answers(completion)
@@ -333,7 +337,7 @@ def _unpaired(row: Row, mapping: Mapping[str, str]) -> Conversation:
 
 def _classification(row: Row, mapping: Mapping[str, str]) -> Conversation:
     text = _filled(row, mapping, "text", "empty_text")
-    label = row.get(mapping["label"])
+    label = row.get(mapping.get("label", ""))
     if not isinstance(label, (str, int)) or (isinstance(label, str) and not label.strip()):
         raise RowProblem("bad_label", f"the label {label!r} is neither a word nor a number")
     turns = [{"role": "user", "content": text}, {"role": "assistant", "content": str(label)}]

@@ -617,6 +617,15 @@ def test_unusable_row_has_a_code(good: dict[str, Any], bad: dict[str, Any], code
     assert caught.value.code == code
 
 
+@pytest.mark.parametrize(("row", "kind", "expected"), FORMS.values(), ids=FORMS)
+def test_mapping_without_its_columns_is_a_problem_of_the_row(
+    row: dict[str, Any], kind: Any, expected: dict[str, Any]
+) -> None:
+    """A recipe whose mapping was emptied by hand is refused row by row, without a crash."""
+    with pytest.raises(RowProblem):
+        to_messages(row, kind, {})
+
+
 def test_rows_load_no_heavy_library() -> None:
     """Reading rows needs neither torch nor numpy nor datasets nor pyarrow."""
     code = (
