@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
+import click
 import msgspec
-import typer
 
 from advisor.chat import ChatSession
-from advisor.cli.options import Json
+from advisor.cli import options
 from advisor.cli.output import print_json, print_text
 from advisor.errors import UsageError
-
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
 class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,22 +22,29 @@ class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
     answers: dict[str, str]
 
 
-@app.command()
+@click.command()
+@click.argument("gguf", type=options.FILE)
+@click.option("--prompt", help="One turn, then end.")
+@click.option("--compare", type=options.FILE, help="A second file to answer beside it.")
+@click.option("--lora", type=options.FILE, help="LoRA-GGUF adapter to put on the base.")
+@click.option("--system", help="System prompt.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer."
+)
+@options.as_json
 def chat(
-    gguf: Annotated[Path, typer.Argument(help="The GGUF file.", show_default=False)],
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="One turn, then end.", show_default=False)
-    ] = None,
-    compare: Annotated[
-        Path | None, typer.Option("--compare", help="A second file to answer beside it.", show_default=False)
-    ] = None,
-    lora: Annotated[
-        Path | None, typer.Option("--lora", help="LoRA-GGUF adapter to put on the base.", show_default=False)
-    ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)] = None,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 512,
-    as_json: Json = False,
+    gguf: Path,
+    prompt: str | None,
+    compare: Path | None,
+    lora: Path | None,
+    system: str | None,
+    temperature: float,
+    max_tokens: int,
+    *,
+    as_json: bool,
 ) -> None:
     """Talk to a GGUF file, offline. An empty line, /quit or Ctrl-D ends; /new starts again."""
     if as_json and prompt is None:

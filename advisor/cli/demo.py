@@ -9,13 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import orjson
-import typer
 
 from advisor.chat import ChatSession
+from advisor.cli import options
 from advisor.cli.export import prove
-from advisor.cli.options import Json, Out, inputs_of
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.cli.planning import require_trainable, write_plan
 from advisor.cli.run import train
@@ -27,8 +27,6 @@ from advisor.plan import make_plan
 from advisor.resources import starter_dir
 from advisor.run.page import write_page
 from advisor.ui import render
-
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 QUANTS = ("F16", "Q8_0", "Q4_K_M")
 MOST_BEFORE, LEAST_AFTER = 0.10, 0.80
@@ -76,15 +74,17 @@ class _Clock:
         self._since = now
 
 
-@app.command()
-def demo(out: Out = None, as_json: Json = False) -> None:
+@click.command()
+@options.out
+@options.as_json
+def demo(out: Path | None, *, as_json: bool) -> None:
     """Go the whole way on the embedded model: plan, train, export, verify, chat before and after."""
     say = notifier(quiet=as_json)
     clock = _Clock()
     starter = starter_dir()
-    inputs = inputs_of(
+    inputs = options.inputs_of(
         model="starter",
-        data=[f"brand_voice={starter / 'brand_voice_train.jsonl'}"],
+        data=(f"brand_voice={starter / 'brand_voice_train.jsonl'}",),
         goal="chat in our brand's tone of voice",
         deploy="offline on laptops via llama.cpp",
         offline=True,
@@ -120,7 +120,7 @@ def demo(out: Out = None, as_json: Json = False) -> None:
         _show(answer)
     if not answer.ok:
         if as_json:
-            raise typer.Exit(1)
+            raise click.exceptions.Exit(1)
         raise VerificationError(
             "The demo did not reach what it promises; see the figures above.", "ftadvisor doctor"
         )

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import msgspec
-import typer
 
 from advisor import __version__
-from advisor.cli.options import Json
+from advisor.cli import options
 from advisor.cli.output import print_json, print_text
 from advisor.intake import cache_dir
 from advisor.probe.hardware import probe_hardware
 from advisor.probe.software import doctor_findings, installed_packages
 from advisor.types import Finding, Hardware
-
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
 class DoctorAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,8 +27,9 @@ class DoctorAnswer(msgspec.Struct, frozen=True, kw_only=True):
     findings: tuple[Finding, ...]
 
 
-@app.command()
-def doctor(as_json: Json = False) -> None:
+@click.command()
+@options.as_json
+def doctor(*, as_json: bool) -> None:
     """Check that everything needed is installed and works; exit 1 when something must be mended."""
     machine = probe_hardware(output=Path.cwd(), cache=cache_dir())
     findings = doctor_findings(machine)
@@ -43,4 +42,4 @@ def doctor(as_json: Json = False) -> None:
 
         print_text(render.hardware(machine), render.packages(packages), render.findings(findings))
     if not ok:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)

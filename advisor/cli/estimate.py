@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Any, Literal
 
+import click
 import msgspec
-import typer
 
-from advisor.cli.options import Json, Model, Offline, inputs_of
+from advisor.cli import options
 from advisor.cli.output import print_json, print_text
 from advisor.estimate.memory import estimate_memory
 from advisor.intake import model_spec
 from advisor.knowledge import load
 from advisor.types import Band, MemorySettings, Part
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
+Precision = Literal["bf16", "fp16", "fp32"]
 
 
 class EstimateAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,49 +36,43 @@ class EstimateAnswer(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
 
 
-@app.command()
+@click.command()
+@options.model
+@click.option("--method", default="lora", show_default=True, help="full, lora, qlora, ia3, ...")
+@click.option("--objective", default="sft", show_default=True, help="sft, dpo, kto, reward, grpo, ...")
+@click.option("--micro-batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Tokens of the longest row.",
+)
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=True, show_default=True)
+@click.option("--precision", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
+@click.option("--optimizer", default="adamw_torch", show_default=True)
+@click.option("--lora-r", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option(
+    "--target", default="all-linear", show_default=True, help="all-linear, attention, q_v, mlp or names."
+)
+@click.option("--attention", type=click.Choice(["flash", "sdpa", "eager"]), default="sdpa", show_default=True)
+@click.option("--loss", type=click.Choice(["full_logits", "chunked"]), default="chunked", show_default=True)
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--shard", type=click.Choice(["none", "fsdp", "zero3"]), default="none", show_default=True)
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@options.offline
+@options.as_json
 def estimate(
-    model: Model = "auto",
-    method: Annotated[str, typer.Option("--method", help="full, lora, qlora, ia3, ...")] = "lora",
-    objective: Annotated[str, typer.Option("--objective", help="sft, dpo, kto, reward, grpo, ...")] = "sft",
-    micro_batch: Annotated[int, typer.Option("--micro-batch", min=1)] = 1,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens of the longest row.")] = 2048,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing")
-    ] = True,
-    precision: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option("--precision")] = "bf16",
-    optimizer: Annotated[str, typer.Option("--optimizer")] = "adamw_torch",
-    lora_r: Annotated[int, typer.Option("--lora-r", min=1)] = 16,
-    target: Annotated[
-        str, typer.Option("--target", help="all-linear, attention, q_v, mlp or module names.")
-    ] = "all-linear",
-    attention: Annotated[Literal["flash", "sdpa", "eager"], typer.Option("--attention")] = "sdpa",
-    loss: Annotated[Literal["full_logits", "chunked"], typer.Option("--loss")] = "chunked",
-    gpus: Annotated[int, typer.Option("--gpus", min=1)] = 1,
-    shard: Annotated[Literal["none", "fsdp", "zero3"], typer.Option("--shard")] = "none",
-    device: Annotated[Literal["cuda", "cpu"], typer.Option("--device")] = "cuda",
-    offline: Offline = False,
-    as_json: Json = False,
+    model: str, method: str, *, precision: Precision, offline: bool, as_json: bool, **step: Any
 ) -> None:
     """Predict the memory of one training step; a config.json is enough, no weights are read."""
     knowledge = load()
-    spec = model_spec(inputs_of(model=model, offline=offline), knowledge)
+    spec = model_spec(options.inputs_of(model=model, offline=offline), knowledge)
     settings = MemorySettings(
-        tuner=method.replace("_", "-"),
-        objective=objective,
+        tuner=method.replace("-", "_"),
         precision=precision,
         weight_bits=4 if method == "qlora" else 32 if precision == "fp32" else 16,
-        micro_batch=micro_batch,
-        seq_len=seq_len,
-        gradient_checkpointing=gradient_checkpointing,
-        optimizer=optimizer,
-        lora_r=lora_r,
-        target=target,
-        attention=attention,
-        loss=loss,
-        gpus=gpus,
-        shard=shard,
-        device=device,
+        **step,
     )
     found = estimate_memory(spec, settings, knowledge.rules["memory"])
     answer = EstimateAnswer(

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
+import click
 import msgspec
-import typer
 
-from advisor.cli.options import Json
+from advisor.cli import options
 from advisor.cli.output import print_json, print_text
 from advisor.explain import explain as explain_topic
 from advisor.knowledge import load
 from advisor.storage import read_record
 from advisor.types import Explanation, Plan
-
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
 class ExplainAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,13 +23,10 @@ class ExplainAnswer(msgspec.Struct, frozen=True, kw_only=True):
     explanation: Explanation | Plan
 
 
-@app.command()
-def explain(
-    topic: Annotated[
-        str, typer.Argument(help="A term, or a run folder; without it, what there is.")
-    ] = "topics",
-    as_json: Json = False,
-) -> None:
+@click.command()
+@click.argument("topic", default="topics")
+@options.as_json
+def explain(topic: str, *, as_json: bool) -> None:
     """Explain a method, a setting, a warning, a term or a run folder, with its sources."""
     plan_file = Path(topic) / "plan.json"
     found = read_record(plan_file, Plan) if plan_file.is_file() else explain_topic(topic, load())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
+import click
 import msgspec
-import typer
 
-from advisor.cli.options import Json, Offline, Out
+from advisor.cli import options
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.errors import VerificationError
 from advisor.export import export_model
@@ -16,7 +15,8 @@ from advisor.run.page import write_page
 from advisor.types import Export, Verification
 from advisor.verify import heldout_rows, verify_gguf
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
+DEFAULT_QUANTS = "F16,Q4_K_M"
+QUANT_HELP = "F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M; with commas."
 
 
 class ExportAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,24 +28,39 @@ class ExportAnswer(msgspec.Struct, frozen=True, kw_only=True):
     verifications: tuple[Verification, ...]
 
 
-@app.command()
+@click.command()
+@click.argument("source", type=options.FILE)
+@click.option(
+    "--to", default="gguf", show_default=True, help="gguf, merged, lora-gguf, modelfile; with commas."
+)
+@click.option("--quant", default=DEFAULT_QUANTS, show_default=True, help=QUANT_HELP)
+@options.out
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Prove each GGUF file.")
+@options.offline
+@options.as_json
 def export(
-    source: Annotated[
-        Path, typer.Argument(help="Run folder, or a Hugging Face model folder.", show_default=False)
-    ],
-    to: Annotated[
-        str, typer.Option("--to", help="gguf, merged, lora-gguf, modelfile; comma-separated.")
-    ] = "gguf",
-    quant: Annotated[
-        str,
-        typer.Option("--quant", help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M; comma-separated."),
-    ] = "F16,Q4_K_M",
-    out: Out = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove each GGUF file.")] = True,
-    offline: Offline = False,
-    as_json: Json = False,
+    source: Path, to: str, quant: str, out: Path | None, *, verify: bool, offline: bool, as_json: bool
 ) -> None:
     """Write a run or a model folder as GGUF, merged weights, LoRA-GGUF or Modelfile; prove each GGUF."""
+    export_and_prove(source, to=to, quant=quant, out=out, verify=verify, offline=offline, as_json=as_json)
+
+
+def export_and_prove(
+    source: Path,
+    *,
+    to: str = "gguf",
+    quant: str = DEFAULT_QUANTS,
+    out: Path | None = None,
+    verify: bool = True,
+    offline: bool = False,
+    as_json: bool = False,
+) -> tuple[Export, tuple[Verification, ...]]:
+    """Export, prove, print; returns what was written and proved.
+
+    Raises:
+        VerificationError: a file does not answer as the trained model does.
+        Exit: the same under `as_json`, after the answer was printed.
+    """
     notify = notifier(quiet=as_json)
     made = export_model(
         source,
@@ -67,11 +82,12 @@ def export(
         print_text(draw(made, proofs))
     if not passed:
         if as_json:
-            raise typer.Exit(1)
+            raise click.exceptions.Exit(1)
         raise VerificationError(
             "An exported file does not answer as the trained model does; do not ship it.",
             "See the failed checks above and the .verification.json beside the file.",
         )
+    return made, proofs
 
 
 def prove(made: Export, source: Path, *, offline: bool, quiet: bool) -> tuple[Verification, ...]:

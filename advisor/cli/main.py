@@ -12,11 +12,10 @@ import os
 import sys
 from typing import Any
 
-import typer
-from typer.core import TyperGroup
+import click
 
 from advisor import __version__
-from advisor.errors import AdvisorError, MissingPackageError
+from advisor.errors import AdvisorError, MissingPackageError, UnknownNameError
 
 COMMANDS = {
     "demo": "The whole way on the embedded model: plan, train, export, verify, chat.",
@@ -43,62 +42,42 @@ EXTRA_OF = {
 """Package -> the extra that brings it."""
 
 
-class LazyGroup(TyperGroup):
+class LazyGroup(click.Group):
     """Knows its commands by name and imports a command's module only to run it or to show its help."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the command names in the order of the usual way."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> Any:
         """Import `advisor.cli.<name>` and return its command."""
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"advisor.cli.{cmd_name}")
-        command = typer.main.get_command(module.app)
-        command.name = cmd_name
-        return command
+        return getattr(module, cmd_name)
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Name the nearest command when the given one does not exist."""
-        self.commands = dict.fromkeys(COMMANDS)  # type: ignore[arg-type]  # only the names are read
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise UnknownNameError("command", args[0], COMMANDS, "ftadvisor --help")
         return super().resolve_command(ctx, args)
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands with their one-line help, without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-def _version(*, value: bool) -> None:
-    if value:
-        typer.echo(f"ftadvisor {__version__}")
-        raise typer.Exit
-
-
-app = typer.Typer(
+@click.group(
     cls=LazyGroup,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
     help="From your GPU and your data to a verified model file that runs offline.",
     epilog="Start with `ftadvisor demo` or `ftadvisor wizard`. Exit codes: 0 done, 1 failed, 2 usage, "
     "3 refused (does not fit, or must not be done as asked), 130 interrupted. "
     "Add --debug to any command for a traceback.",
 )
-
-
-@app.callback()
-def _root(
-    version: bool = typer.Option(
-        False,
-        "--version",
-        callback=lambda value: _version(value=value),
-        is_eager=True,
-        help="Print the version.",
-    ),
-) -> None:
-    pass
+@click.version_option(__version__, prog_name="ftadvisor", message="%(prog)s %(version)s")
+def app() -> None:
+    """Root of the commands."""
 
 
 def _report(message: str, remedy: str, code: str, *, as_json: bool) -> None:
@@ -127,17 +106,17 @@ def run(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     as_json = "--json" in arguments
     try:
-        outcome = app(arguments or ["--help"], prog_name="ftadvisor", standalone_mode=False)
+        outcome = app.main(arguments or ["--help"], prog_name="ftadvisor", standalone_mode=False)
     except AdvisorError as error:
         if debug:
             raise
         _report(error.message, error.remedy, error.code, as_json=as_json)
         return error.exit_status
-    except typer.TyperException as error:
+    except click.ClickException as error:
         command = f"ftadvisor {arguments[0]}" if arguments[:1] and arguments[0] in COMMANDS else "ftadvisor"
         _report(error.format_message(), f"{command} --help", "usage", as_json=as_json)
         return 2
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, click.Abort):
         _report("Interrupted.", "", "interrupted", as_json=as_json)
         return 130
     except BrokenPipeError:

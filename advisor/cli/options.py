@@ -1,105 +1,61 @@
 """The options that several commands share, so that each is described once.
 
-Goes in: nothing. Comes out: annotated types for typer, and the `Inputs` made of the planning options.
+Goes in: nothing. Comes out: click decorators, and the `Inputs` made of the planning options.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
-from typing import Annotated
+from typing import Any, TypeVar
 
-import typer
+import click
 
 from advisor.intake import Inputs, parse_setting
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never use the network; the cache must do.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder to write into.", show_default=False)]
-Model = Annotated[
-    str,
-    typer.Option("--model", help="Hub id, local folder, `starter` (the embedded model) or `auto`."),
-]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data", help="File, folder or hub id; repeatable; name=path names a task.", show_default=False
+Command = TypeVar("Command", bound=Callable[..., Any])
+FILE = click.Path(path_type=Path)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+offline = click.option("--offline", is_flag=True, help="Never use the network; the cache must do.")
+out = click.option("--out", type=FILE, help="Folder to write into.")
+model = click.option(
+    "--model",
+    default="auto",
+    show_default=True,
+    help="Hub id, local folder, `starter` (the embedded model) or `auto`.",
+)
+hardware = click.option(
+    "--hardware", help="Plan for another machine: 'RTX 3060', '8xH100', 'none', FILE.yaml."
+)
+
+_PLANNING = (
+    model,
+    click.option("--data", multiple=True, help="File, folder or hub id; repeatable; name=path names a task."),
+    click.option("--goal", default="", help="What you want, in your own words."),
+    click.option("--deploy", default="", help="Where it must run afterwards, for example 'laptop, Ollama'."),
+    click.option("--commercial/--no-commercial", default=None, help="Will it be used commercially?"),
+    click.option("--must-not-forget", is_flag=True, help="What the model can do now must not get worse."),
+    click.option("--max-hours", type=float, help="Longest time that training may take."),
+    click.option("--method", help="Insist on a method, for example lora, qlora, full."),
+    hardware,
+    click.option("--scenario", help="YAML file that declares machine, model, data, goal."),
+    click.option(
+        "--set", "settings", multiple=True, help="Override a setting: --set max_steps=50; repeatable."
     ),
-]
-GoalText = Annotated[
-    str, typer.Option("--goal", help="What you want, in your own words.", show_default=False)
-]
-Deploy = Annotated[
-    str,
-    typer.Option(
-        "--deploy", help="Where it must run afterwards, for example 'laptop, Ollama'.", show_default=False
-    ),
-]
-Commercial = Annotated[
-    bool | None,
-    typer.Option("--commercial/--no-commercial", help="Will it be used commercially?", show_default=False),
-]
-MustNotForget = Annotated[
-    bool, typer.Option("--must-not-forget", help="What the model can do now must not get worse.")
-]
-MaxHours = Annotated[
-    float | None, typer.Option("--max-hours", help="Longest time that training may take.", show_default=False)
-]
-Method = Annotated[
-    str | None,
-    typer.Option("--method", help="Insist on a method, for example lora, qlora, full.", show_default=False),
-]
-HardwareOption = Annotated[
-    str | None,
-    typer.Option(
-        "--hardware",
-        help="Plan for another machine: 'RTX 3060', '8xH100', 'none', FILE.yaml.",
-        show_default=False,
-    ),
-]
-ScenarioFile = Annotated[
-    str | None,
-    typer.Option(
-        "--scenario", help="YAML file that declares machine, model, data, goal.", show_default=False
-    ),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a setting: --set max_steps=50; repeatable.", show_default=False),
-]
-Force = Annotated[bool, typer.Option("--force", help="Do what --method asks even where it is not advised.")]
+    click.option("--force", is_flag=True, help="Do what --method asks even where it is not advised."),
+    out,
+    offline,
+)
 
 
-def inputs_of(
-    *,
-    model: str = "auto",
-    data: list[str] | None = None,
-    goal: str = "",
-    deploy: str = "",
-    commercial: bool | None = None,
-    must_not_forget: bool = False,
-    max_hours: float | None = None,
-    method: str | None = None,
-    hardware: str | None = None,
-    scenario: str | None = None,
-    settings: list[str] | None = None,
-    offline: bool = False,
-    force: bool = False,
-    out: Path | None = None,
-) -> Inputs:
-    """Return the planning options as one record; `--set` texts are parsed."""
-    return Inputs(
-        model=model,
-        data=tuple(data or ()),
-        goal=goal,
-        deploy=deploy,
-        commercial=commercial,
-        must_not_forget=must_not_forget,
-        max_hours=max_hours,
-        method=method,
-        hardware=hardware,
-        scenario=scenario,
-        settings=dict(parse_setting(text) for text in settings or ()),
-        offline=offline,
-        force=force,
-        out=str(out) if out else None,
-    )
+def planning(command: Command) -> Command:
+    """Add every option that a planning command takes."""
+    return reduce(lambda inner, option: option(inner), reversed(_PLANNING), command)
+
+
+def inputs_of(*, settings: tuple[str, ...] = (), out: Path | None = None, **given: Any) -> Inputs:
+    """Return the planning options as one record; `--set` texts are parsed, the rest has the record's names."""
+    parsed = dict(parse_setting(text) for text in settings)
+    return Inputs(settings=parsed, out=str(out) if out else None, **given)

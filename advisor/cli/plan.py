@@ -4,28 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+import click
 
-from advisor.cli.options import (
-    Commercial,
-    Data,
-    Deploy,
-    Force,
-    GoalText,
-    HardwareOption,
-    Json,
-    MaxHours,
-    Method,
-    Model,
-    MustNotForget,
-    Offline,
-    Out,
-    ScenarioFile,
-    Set,
-    inputs_of,
-)
+from advisor.cli import options
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.cli.planning import require_trainable, write_plan
 from advisor.intake import gather, require_data
@@ -33,45 +16,14 @@ from advisor.knowledge import load
 from advisor.plan import make_plan
 from advisor.ui.render import plan as draw
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
-
-@app.command()
-def plan(
-    model: Model = "auto",
-    data: Data = None,
-    goal: GoalText = "",
-    deploy: Deploy = "",
-    commercial: Commercial = None,
-    must_not_forget: MustNotForget = False,
-    max_hours: MaxHours = None,
-    method: Method = None,
-    hardware: HardwareOption = None,
-    scenario: ScenarioFile = None,
-    settings: Set = None,
-    force: Force = False,
-    out: Out = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan; write nothing.")] = False,
-    offline: Offline = False,
-    as_json: Json = False,
-) -> None:
+@click.command()
+@options.planning
+@click.option("--dry-run", is_flag=True, help="Only show the plan; write nothing.")
+@options.as_json
+def plan(out: Path | None, *, dry_run: bool, as_json: bool, **wish: Any) -> None:
     """Recommend a method for your data and machine, say why, and write a run folder."""
-    inputs = inputs_of(
-        model=model,
-        data=data,
-        goal=goal,
-        deploy=deploy,
-        commercial=commercial,
-        must_not_forget=must_not_forget,
-        max_hours=max_hours,
-        method=method,
-        hardware=hardware,
-        scenario=scenario,
-        settings=settings,
-        offline=offline,
-        force=force,
-        out=out,
-    )
+    inputs = options.inputs_of(out=out, **wish)
     knowledge = load()
     scenario_ = gather(inputs, knowledge, notifier(quiet=as_json))
     made = make_plan(scenario_, knowledge)

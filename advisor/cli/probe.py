@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import msgspec
-import typer
 
-from advisor.cli.options import HardwareOption, Json, Out
+from advisor.cli import options
 from advisor.cli.output import print_json, print_text
 from advisor.intake import Inputs, hardware_of
 from advisor.knowledge import load
 from advisor.types import Hardware
-
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
 class ProbeAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,8 +22,11 @@ class ProbeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     hardware: Hardware
 
 
-@app.command()
-def probe(hardware: HardwareOption = None, out: Out = None, as_json: Json = False) -> None:
+@click.command()
+@options.hardware
+@options.out
+@options.as_json
+def probe(hardware: str | None, out: Path | None, *, as_json: bool) -> None:
     """Show what this machine has: accelerators, memory, cores, disk."""
     found = hardware_of(Inputs(hardware=hardware, out=str(out or Path.cwd())), load())
     if as_json:

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from advisor.cli.options import Json, Offline
+from advisor.cli import options
 from advisor.cli.output import print_json, print_text
 from advisor.run.page import write_page
 from advisor.run.supervisor import run_plan
 from advisor.types import RunReport
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
-
-@app.command()
-def run(
-    folder: Annotated[
-        Path, typer.Argument(help="Run folder written by `ftadvisor plan`.", show_default=False)
-    ],
-    resume: Annotated[bool, typer.Option("--resume", help="Continue exactly where it stopped.")] = False,
-    offline: Offline = False,
-    as_json: Json = False,
-) -> None:
+@click.command()
+@click.argument("folder", type=options.FILE)
+@click.option("--resume", is_flag=True, help="Continue exactly where it stopped.")
+@options.offline
+@options.as_json
+def run(folder: Path, *, resume: bool, offline: bool, as_json: bool) -> None:
     """Train a planned run; Ctrl-C saves a checkpoint and stops, --resume goes on."""
     report = train(folder, resume=resume, offline=offline, quiet=as_json)
     if as_json:

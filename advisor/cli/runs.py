@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
+import click
 import msgspec
-import typer
 
-from advisor.cli.options import Json
+from advisor.cli import options
 from advisor.cli.output import print_json, print_text
 from advisor.errors import InputError
 from advisor.run.folder import RunState, find_runs, read_state
-
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
 class RunsAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,11 +21,10 @@ class RunsAnswer(msgspec.Struct, frozen=True, kw_only=True):
     runs: tuple[RunState, ...]
 
 
-@app.command()
-def runs(
-    root: Annotated[Path, typer.Argument(help="A folder with run folders, or one run folder.")] = Path(),
-    as_json: Json = False,
-) -> None:
+@click.command()
+@click.argument("root", type=options.FILE, default=".")
+@options.as_json
+def runs(root: Path, *, as_json: bool) -> None:
     """List the run folders in a folder (two levels deep), or show one: state, loss, files."""
     if not root.is_dir():
         raise InputError(

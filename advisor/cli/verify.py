@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from advisor.cli.options import Json, Offline
+from advisor.cli import options
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.verify import heldout_rows, verify_gguf
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
-
-@app.command()
-def verify(
-    gguf: Annotated[Path, typer.Argument(help="The GGUF file.", show_default=False)],
-    against: Annotated[
-        Path,
-        typer.Option("--against", help="Run folder or model folder it was made from.", show_default=False),
-    ],
-    offline: Offline = False,
-    as_json: Json = False,
-) -> None:
+@click.command()
+@click.argument("gguf", type=options.FILE)
+@click.option("--against", type=options.FILE, required=True, help="Run or model folder it was made from.")
+@options.offline
+@options.as_json
+def verify(gguf: Path, against: Path, *, offline: bool, as_json: bool) -> None:
     """Prove that a GGUF file answers as the trained model does; exit 1 when it does not."""
     proof = verify_gguf(
         gguf,
@@ -39,4 +32,4 @@ def verify(
 
         print_text(verification(proof))
     if not proof.passed:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
 
+import click
 import msgspec
-import typer
 
-from advisor.cli.export import export as export_command
-from advisor.cli.options import Json, Offline, Out
+from advisor.cli import options
+from advisor.cli.export import export_and_prove
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.cli.planning import write_plan
 from advisor.cli.run import train
@@ -23,8 +22,6 @@ from advisor.ui import render
 from advisor.ui.questions import Answer, inputs_from
 from advisor.ui.wizard import ask_all, decide, load_answers, require_terminal, save_draft, show_plan
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
-
 
 class WizardAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """The answer of `wizard --answers FILE --json`."""
@@ -35,17 +32,13 @@ class WizardAnswer(msgspec.Struct, frozen=True, kw_only=True):
     plan: Plan
 
 
-@app.command()
-def wizard(
-    answers: Annotated[
-        Path | None,
-        typer.Option("--answers", help="YAML file with answers; what it lacks is asked.", show_default=False),
-    ] = None,
-    expert: Annotated[bool, typer.Option("--expert", help="Show every setting and candidate.")] = False,
-    out: Out = None,
-    offline: Offline = False,
-    as_json: Json = False,
-) -> None:
+@click.command()
+@click.option("--answers", type=options.FILE, help="YAML file with answers; what it lacks is asked.")
+@click.option("--expert", is_flag=True, help="Show every setting and candidate.")
+@options.out
+@options.offline
+@options.as_json
+def wizard(answers: Path | None, out: Path | None, *, expert: bool, offline: bool, as_json: bool) -> None:
     """Answer a few questions, see the plan and its reasons, start it."""
     knowledge = load()
     given = load_answers(answers)
@@ -81,8 +74,8 @@ def wizard(
         print_text(f"Next: ftadvisor run {folder}")
         return
     print_text(render.report(train(folder, resume=False, offline=offline, quiet=False)))
-    export_command(folder, offline=offline)
-    print_text(f"Next: ftadvisor chat {folder}/export/FILE.gguf")
+    exported, _ = export_and_prove(folder, offline=offline)
+    print_text(f"Next: ftadvisor chat {exported.files[-1].path}")
 
 
 def _replay(
