@@ -27,6 +27,7 @@ from advisor.errors import (
     TrainingError,
 )
 from advisor.probe.software import installed_packages
+from advisor.recipe import check
 from advisor.resources import recipes_dir
 from advisor.rows import data_files
 from advisor.run.events import Event, EventReader, EventWriter, read_events, stage_of
@@ -36,7 +37,7 @@ from advisor.run.lock import FolderLock
 from advisor.run.policy import Action, RunState, advance, decide
 from advisor.run.report import Status, build_report
 from advisor.storage import file_sha256, read_record, write_json
-from advisor.types import Plan, Recipe, Record, RunReport, StageEstimate
+from advisor.types import Plan, Program, Recipe, Record, RunReport, StageEstimate
 from advisor.units import format_bytes
 
 EVENTS, REPORT, PLAN = "events.jsonl", "report.json", "plan.json"
@@ -117,6 +118,7 @@ def read_job(folder: Path) -> Job:
 
     Raises:
         InputError: the folder, plan.json or the recipe is missing or wrong.
+        UsageError: a setting is not one of the program's, or out of its range.
         RefusedError: nothing, or more than one stage, is planned, or the program does not exist.
     """
     again = "Plan again: ftadvisor plan --help"
@@ -133,8 +135,10 @@ def read_job(folder: Path) -> Job:
             "Plan one of them: ftadvisor plan --method ...",
         )
     recipe = read_record(files[0], Recipe, remedy=f"Correct {files[0]}, or plan again.")
-    if not (recipes_dir() / recipe.program / "train.py").is_file():
+    program = recipes_dir() / recipe.program
+    if not (program / "train.py").is_file():
         raise RefusedError(f"This version has no training program {recipe.program!r}.", again)
+    check(recipe, msgspec.toml.decode((program / "program.toml").read_bytes(), type=Program))
     return Job(
         folder=str(folder),
         recipe_file=files[0].name,

@@ -82,7 +82,22 @@ def load_model(model: RecipeModel, settings: SftSettings) -> PreTrainedModel:
             "Check the model folder, or plan again with another --model.",
         ) from problem
     loaded.config.use_cache = False
+    if quantisation is not None:
+        keep_trainable_on_cpu(loaded)
     return loaded
+
+
+def keep_trainable_on_cpu(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers on CPU in the layout that gradients pass through.
+
+    On processors with AVX512-BF16, bitsandbytes 0.50 repacks a layer for inference at its first forward pass
+    in evaluation mode and never turns back; its kernel for that layout has no gradient, so that a model which
+    was evaluated once trains on with gradients that silently lack everything behind it. """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def base_dtype(settings: SftSettings) -> torch.dtype:

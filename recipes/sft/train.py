@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 try:
@@ -65,6 +66,8 @@ def train(recipe: Recipe, recipe_sha256: str, events: EventWriter, stop: StopReq
     """Data, model, training, result; each part is told as an event before the next begins."""
     settings = read_settings(recipe, cuda=torch.cuda.is_available())
     set_seed(recipe.seed)
+    # A layer whose gradient torch does not know would train on silently wrong ones.
+    warnings.filterwarnings("error", message=".*autograd kernel was not registered")
 
     # The end of a turn: the template's token is the end token everywhere, so that the model learns to stop.
     tokenizer = load_tokenizer(recipe.model)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from training import SETTINGS, make_run
 
 from advisor.errors import AdvisorError, InputError, RefusedError, UnknownNameError
 from advisor.recipe import check
 from advisor.resources import recipes_dir
 from advisor.storage import read_record
 from advisor.types import Program, Recipe
+from training import SETTINGS, make_run
 
 torch = pytest.importorskip("torch")
 from transformers import AutoModelForCausalLM  # noqa: E402 - after the check that it is installed
@@ -191,6 +191,45 @@ def test_targets_are_layers_that_the_model_has(tiny_model: Path) -> None:
     assert (config.use_rslora, config.use_dora, config.r) == (True, True, 4)
     with pytest.raises(UnknownNameError):
         adapter_config(model, "lorra", _settings())
+
+
+def _adapter_gradients(model: Any) -> dict[str, Any]:
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, adapter_config(model, "lora", _settings(lora_r=4)))
+    with torch.no_grad():
+        for name, value in wrapped.named_parameters():
+            if "lora_B" in name:
+                value.copy_(torch.randn(value.shape, generator=torch.manual_seed(len(name))) * 0.1)
+    tokens = torch.arange(4, 44).reshape(2, 20)
+    wrapped.eval()
+    with torch.no_grad():
+        wrapped(input_ids=tokens)
+    wrapped.train()
+    wrapped(input_ids=tokens, labels=tokens).loss.backward()
+    return {name: value.grad for name, value in wrapped.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_four_bit_layers_pass_gradients_after_an_evaluation(tiny_model: Path) -> None:
+    """QLoRA's gradients equal those of LoRA on the same, dequantised weights, also once it was evaluated."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    from advisor.train.model import load_model
+    from advisor.types import RecipeModel
+
+    source = RecipeModel(id="tiny", path=str(tiny_model))
+    quantised = load_model(source, _settings(weight_bits=4, precision="bf16", double_quant=True))
+    plain = load_model(source, _settings(weight_bits=16, precision="bf16"))
+    with torch.no_grad():
+        for name, module in quantised.named_modules():
+            if type(module).__name__ == "Linear4bit":
+                weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+                plain.get_submodule(name).weight.copy_(weight)
+    found, expected = _adapter_gradients(quantised), _adapter_gradients(plain)
+    for name, value in expected.items():
+        assert torch.linalg.vector_norm(found[name] - value) < 0.1 * torch.linalg.vector_norm(value), name
 
 
 def _trainer(model_folder: Path, rows: Any, place: Path, *, plain: bool, accumulate: int) -> AnswerTrainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from training import make_run, rows, run, write_rows
 
 import advisor.run.launch
 import advisor.run.supervisor
@@ -25,11 +25,13 @@ from advisor.errors import (
     ModelError,
     RefusedError,
     TrainingError,
+    UnknownNameError,
 )
 from advisor.run.events import read_events
 from advisor.run.lock import FolderLock
 from advisor.storage import read_record, write_atomic
 from advisor.types import RunReport
+from training import make_run, rows, run, write_rows
 
 ROOT = Path(__file__).parent.parent.parent
 HEAD = """
@@ -58,6 +60,7 @@ class Stage:
     def program(self, body: str) -> Path:
         """Write the program and return the run folder."""
         (self.place / "recipes" / "sft").mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "recipes" / "sft" / "program.toml", self.place / "recipes" / "sft")
         text = HEAD.format(root=str(ROOT)) + textwrap.dedent(body)
         (self.place / "recipes" / "sft" / "train.py").write_text(text)
         return self.folder
@@ -287,6 +290,15 @@ def test_what_is_missing_is_said(stage: Stage) -> None:
     folder = stage.program("step(1)")
     stage.data.unlink()
     with pytest.raises(DataError, match=r"data\.jsonl"):
+        run(folder)
+
+
+def test_a_wrong_setting_is_said_at_once(stage: Stage) -> None:
+    """The nearest accepted key is named, before any slow import."""
+    folder = stage.program("step(1)")
+    recipe = folder / "recipe.yaml"
+    recipe.write_bytes(recipe.read_bytes().replace(b"warmup_ratio", b"warm_up_ratio"))
+    with pytest.raises(UnknownNameError, match="warmup_ratio"):
         run(folder)
 
 
