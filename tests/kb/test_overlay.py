@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cases import rows, scenario
 
 from advisor.errors import KnowledgeError
 from advisor.knowledge import Knowledge, read
 from advisor.plan import make_plan
 from advisor.resources import kb_dir
+from cases import rows, scenario
 
 GPU = """
 [aurora-9000]

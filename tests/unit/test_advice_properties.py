@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from cases import plan, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from advisor.recommend import Advice, advise
 from advisor.scenario import decode_scenario
 from advisor.storage import encode_json
 from advisor.types import Plan, Scenario
+from cases import plan, rows
 
 K = load()
 MANY = settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -28,15 +28,21 @@ KINDS = [
 ]  # fmt: skip
 MODELS = [
     "auto", "Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.3-70B-Instruct", "ChatGPT",
-    "Qwen/Qwen2.5-3B-Instruct", "google/gemma-3-1b-it", "HuggingFaceTB/SmolLM2-135M-Instruct", "openai-community/gpt2",
+    "Qwen/Qwen2.5-3B-Instruct", "google/gemma-3-1b-it", "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "openai-community/gpt2",
     "unsloth/Qwen3-4B-GGUF", "openai/gpt-oss-20b", "acme/Road-13B", "something small",
 ]  # fmt: skip
 METHODS = [
     None, "full", "lora", "qlora", "ia3", "bitfit", "prompt_tuning", "prefix_tuning", "adapter", "ln_tuning",
-    "p_tuning", "classifier_head", "dpo", "kto", "orpo", "simpo", "grpo", "rloo", "reward", "cpt", "sft", "none_rag",
+    "p_tuning", "classifier_head", "dpo", "kto", "orpo", "simpo", "grpo", "rloo", "reward", "cpt", "sft",
+    "none_rag",
 ]  # fmt: skip
-WORDS = ["brand tone", "classify tickets", "maths", "our docs, prices change weekly", "a new language", "paid app",
-         "", "export only", "nothing may be lost: must not forget", "agent with tools"]  # fmt: skip
+WORDS = [
+    "brand tone", "classify tickets", "maths", "our docs, prices change weekly", "a new language", "paid app",
+    "", "export only", "nothing may be lost: must not forget", "agent with tools",
+]  # fmt: skip
+WISHES = ["small", "adapter", "low_latency", "max quality"]
+ROWS = [0, 3, 30, 200, 2000, 60000, 700000]
 PLACES = ["", "ollama", "android phone with 4 GB", "a laptop with 8GB", "vLLM server"]
 
 
@@ -65,8 +71,9 @@ def datasets(draw: st.DrawFn) -> dict[str, Any]:
     """One dataset of any kind and state."""
     share = st.floats(0, 1)
     made: dict[str, Any] = {
-        "kind": draw(st.sampled_from(KINDS)), "rows": draw(st.sampled_from([0, 3, 30, 200, 2000, 60000, 700000])),
-        "mean_tokens": draw(_optional(st.integers(1, 20000))), "size_mb": draw(_optional(st.floats(0.1, 20000))),
+        "kind": draw(st.sampled_from(KINDS)), "rows": draw(st.sampled_from(ROWS)),
+        "mean_tokens": draw(_optional(st.integers(1, 20000))),
+        "size_mb": draw(_optional(st.floats(0.1, 20000))),
         "duplicate_fraction": draw(_optional(share)), "positive_fraction": draw(_optional(share)),
         "pair_similarity": draw(_optional(share)), "baseline_pass_rate": draw(_optional(share)),
         "on_policy": draw(_optional(st.booleans())), "holdout_rows": draw(_optional(st.integers(0, 100))),
@@ -91,7 +98,7 @@ def entries(draw: st.DrawFn) -> dict[str, Any]:
         "goal": {
             "text": draw(st.sampled_from(WORDS)), "deploy": draw(st.sampled_from(PLACES)),
             "requested_method": draw(st.sampled_from(METHODS)), "force": draw(st.booleans()),
-            "priorities": draw(st.lists(st.sampled_from(["small", "adapter", "low_latency", "max quality"]), max_size=2)),
+            "priorities": draw(st.lists(st.sampled_from(WISHES), max_size=2)),
             "commercial": draw(_optional(st.booleans())), "must_not_forget": draw(st.booleans()),
             "max_hours": draw(_optional(st.floats(0.1, 100))),
             "storage_per_task_kb": draw(_optional(st.sampled_from([10, 2000, 100000]))),

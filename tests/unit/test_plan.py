@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from cases import A100, CPU, LLAMA_8B, RTX_3060, RTX_4090, T4, chain, codes, plan, rows, scenario
 
 from advisor.errors import KnowledgeError, UnknownNameError, UsageError
 from advisor.knowledge import load
@@ -14,6 +13,7 @@ from advisor.recommend.reasons import because
 from advisor.scenario import spec_for
 from advisor.storage import encode_json
 from advisor.types import Plan
+from cases import A100, CPU, LLAMA_8B, RTX_3060, RTX_4090, T4, chain, codes, plan, rows, scenario
 
 K = load()
 SFT_KEYS = {

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from cases import A100, CPU, plan, rows, scenario
 
 from advisor.errors import InputError, UnknownNameError, UsageError
 from advisor.knowledge import load
@@ -15,6 +14,7 @@ from advisor.plan import make_plan
 from advisor.recipe import check, decode, encode, recipes_of
 from advisor.resources import recipes_dir
 from advisor.types import Plan, Program, ProgramKey, Recipe
+from cases import A100, CPU, plan, rows, scenario
 
 PACKAGES = {"trl": "1.16.0", "torch": "2.15.0"}
 PROGRAM = Program(

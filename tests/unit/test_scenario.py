@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from cases import scenario
 
 from advisor.errors import UnknownNameError, UsageError
 from advisor.knowledge import load
 from advisor.scenario import declared_hardware, decode_scenario, name_model, spec_for
 from advisor.units import GIB
+from cases import scenario
 
 K = load()
 GOOD = {"hardware": {"accelerator": "RTX 4090"}, "model": "auto"}
