@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import importlib.util
 import unicodedata
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ class ChatSession:
         self._max_tokens = max_tokens
         self._system = system
         self._model = self._load(gguf, context_tokens, seed)
+        # Freed before Python takes its modules apart: llama-cpp-python complains on the terminal afterwards.
+        self._close = weakref.finalize(self, self._model.close)
         self.context_tokens = min(context_tokens, self._model._model.n_ctx_train())
         self._adapter = None if lora is None else self._put_on(lora, lora_scale)
         self._render = _formatter(self._model)
@@ -86,7 +89,7 @@ class ChatSession:
 
     def close(self) -> None:
         """Free the memory."""
-        self._model.close()
+        self._close()
 
     def reply(self, text: str) -> Iterator[str]:
         """Say something and yield the answer as it is generated; both are remembered.

@@ -239,8 +239,9 @@ def read_contents(path: Path) -> Contents:
 
 
 def _write_modelfile(job: Job, made: list[ExportedFile], vocabulary: Vocabulary) -> ExportedFile:
-    """Write an Ollama Modelfile for the smallest of the files."""
-    best = min(made, key=lambda file: file.bytes)
+    """Write an Ollama Modelfile for the preferred one of the files."""
+    order = rules().quantisations.preferred
+    best = min(made, key=lambda file: order.index(str(file.quant)))
     settings = optional_json(Path(job.trained.tokenizer) / "tokenizer_config.json")
     path = job.out / "Modelfile"
     write_atomic(path, modelfile(Path(best.path).name, vocabulary, settings).encode())

@@ -492,3 +492,16 @@ def test_two_files_answer_side_by_side(exported: Export) -> None:
     """The same question goes to both."""
     first, second = compare(_file(exported, "F32"), _file(exported, "F16"), "Hello", max_tokens=8)
     assert first == second
+
+
+def test_forgotten_session_ends_silently(exported: Export) -> None:
+    """A program that never closes its session prints nothing when it ends."""
+    code = (
+        "import sys; from pathlib import Path; from advisor.chat import ChatSession\n"
+        "session = ChatSession(Path(sys.argv[1]), max_tokens=4); list(session.reply('Hello'))\n"
+    )
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ["PYTHONPATH"]])}
+    command = [sys.executable, "-c", code, str(_file(exported, "Q8_0"))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

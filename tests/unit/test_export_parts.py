@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import CHATML, make_tiny_model
 
 from advisor.errors import DiskError, ExportError, ModelError, UnknownNameError
 from advisor.export.adapter import Delta, _scale
@@ -23,6 +22,7 @@ from advisor.export.files import complete_file, complete_folder, need_space
 from advisor.export.modelfile import modelfile
 from advisor.export.rules import checked_quants, rules
 from advisor.export.tokenizer import CONTROL, UNUSED, USER_DEFINED, read_vocabulary
+from tiny import CHATML, make_tiny_model
 
 SETTINGS = {"eos_token": "<|im_end|>"}
 
@@ -271,6 +271,8 @@ def test_quantisations_are_checked_by_name() -> None:
     assert checked_quants(("f16", "Q4_K_M", "F16")) == ("F16", "Q4_K_M")
     with pytest.raises(UnknownNameError, match="Q4_K_M"):
         checked_quants(("Q4_KM",))
+    facts = rules().quantisations
+    assert set(facts.preferred) == set(facts.direct + facts.through_llama)
     assert set(rules().architectures) >= {"LlamaForCausalLM", "Qwen2ForCausalLM"}
 
 
