@@ -79,7 +79,7 @@ def saved_casts(plan: Layout, settings: MemorySettings, trainable: int) -> int:
         return 0
     copies = 2 * plan.block_weights if settings.weight_bits == 32 else 0
     if not trains_everything(settings) and adapter_bytes(settings) == 4:
-        copies += 2 * trainable // plan.blocks
+        copies += 2 * trainable // max(plan.blocks, 1)
     return copies
 
 
@@ -196,6 +196,17 @@ def _leaving_mlp(plan: Layout, settings: MemorySettings, stream: int, ffn: int) 
     return 5 * a * hidden + 3 * ffn if mixed(settings) else 6 * a * hidden + 2 * ffn
 
 
+def after_dequantising_per_token(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
+    """Bytes of `backward_extra_per_token` that exist only when the base's product has let go of its matrix.
+
+    The gradients of wide adapters come after it, so that the two are never held together.
+    """
+    extra = backward_extra_per_token(spec, plan, settings)
+    plain = stream_bytes(settings) * spec.shape.hidden + 2 * compute_bytes(settings) * spec.shape.intermediate
+    wide = adapter_bytes(settings) > compute_bytes(settings)
+    return max(0, extra - plain) if wide and tuner_name(settings.tuner) in LOW_RANK else 0
+
+
 def final_per_token(spec: ModelSpec, settings: MemorySettings) -> int:
     """Bytes kept for each token after the last block: the final norm and what the output matrix reads."""
     hidden, a, s = spec.shape.hidden, compute_bytes(settings), stream_bytes(settings)
@@ -224,5 +235,6 @@ def loss_bytes(spec: ModelSpec, settings: MemorySettings, *, backward: bool) -> 
     tile = min(count, TILE_TOKENS) * TILE_VOCABULARY * a
     if settings.device == "cpu":
         tile += min(count, TILE_TOKENS) * min(spec.shape.vocab, TILE_VOCABULARY) * 20
-    compacted = a * count * spec.shape.hidden if settings.device == "cuda" else 0
-    return tile + compacted + ((4 + a) * count * spec.shape.hidden if backward else 0)
+    if backward:
+        return tile + (4 + a) * count * spec.shape.hidden
+    return tile + (a * count * spec.shape.hidden if settings.device == "cuda" else 0)

@@ -8,7 +8,7 @@ at the machine, guess in silence: what is unknown is named in `notes` and widens
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from advisor.estimate import activations as act
 from advisor.estimate import states
@@ -16,7 +16,7 @@ from advisor.estimate.layers import Layout, layout, targeted
 from advisor.estimate.tunable import LOW_RANK, VIRTUAL, count, trainable_parameters, tuner_name
 from advisor.types import Band, MemoryEstimate, MemorySettings, ModelSpec, Part, Record
 
-__all__ = ["estimate_memory", "trainable_parameters"]
+__all__ = ["estimate_memory", "traced_estimate", "trainable_parameters"]
 
 
 class _Case(Record, frozen=True, kw_only=True):
@@ -53,19 +53,50 @@ def estimate_memory(spec: ModelSpec, settings: MemorySettings, rules: Mapping[st
     )
     phases = _phases(case)
     phase = max(phases, key=lambda name: _sum(phases[name]))
-    allocated = _sum(phases[phase])
+    return _estimate(case, phase.partition(":")[0], phases[phase], engine="closed_form")
+
+
+def _estimate(
+    case: _Case, phase: str, parts: list[Part], *, engine: Literal["closed_form", "trace"]
+) -> MemoryEstimate:
+    """Add what the device takes, and the band."""
+    allocated = _sum(parts)
     allocator, context = _device(case, allocated)
     low, high = _width(case)
     total = allocated + allocator.bytes + context.bytes
     return MemoryEstimate(
-        phase=phase.partition(":")[0],
-        parts=tuple(part for part in (*phases[phase], allocator, context) if part.bytes),
+        phase=phase,
+        parts=tuple(part for part in (*parts, allocator, context) if part.bytes),
         allocated_bytes=_band(allocated, low, high, 0),
         reserved_bytes=_band(allocated + allocator.bytes, low, high, 0),
-        peak_bytes=_band(total, low, high, 0 if settings.device == "cpu" else context.bytes),
+        peak_bytes=_band(total, low, high, 0 if case.settings.device == "cpu" else context.bytes),
         trainable_parameters=case.trainable,
+        engine=engine,
         notes=_notes(case),
     )
+
+
+def traced_estimate(
+    spec: ModelSpec, settings: MemorySettings, rules: Mapping[str, Any], peaks: Mapping[str, int]
+) -> MemoryEstimate:
+    """Make an estimate of peaks that the tracer found: the same device layer and band as the closed form has.
+
+    Args:
+        spec: the model.
+        settings: what was traced.
+        rules: tables of kb/rules/memory.toml.
+        peaks: bytes of live tensors by phase, from `python -m advisor.train.trace`.
+    """
+    plan = layout(spec)
+    case = _Case(
+        spec=spec, plan=plan, settings=settings, rules=dict(rules), trainable=count(spec, plan, settings)
+    )
+    phase = max((name for name in peaks if name != "steady"), key=lambda name: peaks[name])
+    parts = [
+        case.part("steady", peaks["steady"], "live tensors before the step, traced"),
+        case.part("step", peaks[phase] - peaks["steady"], f"live tensors of {phase}, traced"),
+    ]
+    return _estimate(case, phase, parts, engine="trace")
 
 
 def _sum(parts: Iterable[Part]) -> int:
@@ -150,7 +181,9 @@ def _block(case: _Case) -> list[Part]:
     parts.append(case.part("activation_gradients", extra * tokens, f"{tokens:,} tokens x {extra:,} B"))
     largest = max(one.weights for one in plan.linears)
     if settings.weight_bits in (4, 8):
-        parts.append(case.part("dequantised", 2 * largest, f"the largest matrix: {largest:,} x 2 B"))
+        later = act.after_dequantising_per_token(case.spec, plan, settings) * tokens
+        formula = f"the largest matrix: {largest:,} x 2 B, less {later:,} B that come after it"
+        parts.append(case.part("dequantised", max(0, 2 * largest - later), formula))
     if act.trains_everything(settings):
         size = states.stored_bytes(settings)
         parts.append(
