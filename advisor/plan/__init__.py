@@ -19,8 +19,8 @@ from advisor.plan.warn import warnings_of
 from advisor.plan.words import alternatives, assumptions, summary
 from advisor.recommend import Advice, Option, advise, candidates_of
 from advisor.recommend.amount import stage_time
-from advisor.recommend.fit import Fit, StageFit, datasets_of
-from advisor.recommend.situation import rule
+from advisor.recommend.fit import Fit, StageFit
+from advisor.recommend.situation import datasets_of, rule
 from advisor.types import (
     ExportPlan,
     MemoryEstimate,

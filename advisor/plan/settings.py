@@ -11,9 +11,9 @@ from advisor.plan.learning_rate import learning_rate
 from advisor.recommend import Advice, Option
 from advisor.recommend.amount import batch_for, epochs_for, stage_time
 from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
-from advisor.recommend.fit import Fit, StageFit, datasets_of
+from advisor.recommend.fit import Fit, StageFit
 from advisor.recommend.reasons import because
-from advisor.recommend.situation import Situation, rows_of, rule, unequal_ratio
+from advisor.recommend.situation import Situation, datasets_of, rows_of, rule, unequal_ratio
 from advisor.types import TimeEstimate, Value, Why
 from advisor.units import format_bytes
 

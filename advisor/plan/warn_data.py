@@ -20,15 +20,17 @@ Values = dict[str, Any] | None
 
 
 def small_data_overfit(case: Case, knowledge: Knowledge) -> Values:
-    """Few demonstrations, or few judged answers."""
+    """Few demonstrations, few judged answers, or few prompts to try."""
     judged = rows_of((*case.situation.pairs, *case.situation.unpaired))
     few_rows = 0 < case.rows < limit(knowledge, "data", "rows", "modest_below")
     few_pairs = 0 < judged < limit(knowledge, "data", "preference", "modest_below")
-    if not (few_rows or few_pairs):
-        return None
-    rows = case.rows if few_rows else judged
-    serious = rows < limit(knowledge, "data", "rows", "small_below")
-    return {"rows": f"{rows:,}", "severity": "must" if serious else "should"}
+    if few_rows or few_pairs:
+        rows = case.rows if few_rows else judged
+        serious = rows < limit(knowledge, "data", "rows", "small_below")
+        return {"rows": f"{rows:,}", "severity": "must" if serious else "should"}
+    prompts = rows_of(case.situation.answered)
+    few_prompts = 0 < prompts < limit(knowledge, "data", "reinforcement", "prompts_below")
+    return {"rows": f"{prompts:,}", "severity": "should"} if few_prompts else None
 
 
 def no_holdout(case: Case, knowledge: Knowledge) -> Values:

@@ -11,9 +11,9 @@ import math
 from advisor.estimate.time import estimate_time
 from advisor.knowledge import Knowledge
 from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
-from advisor.recommend.fit import Fit, StageFit, datasets_of
+from advisor.recommend.fit import Fit, StageFit
 from advisor.recommend.gates import Proposal
-from advisor.recommend.situation import Situation, megabytes_of, rows_of, rule
+from advisor.recommend.situation import Situation, datasets_of, megabytes_of, rows_of, rule
 from advisor.types import Objective, TimeEstimate
 
 

@@ -14,12 +14,12 @@ import msgspec
 
 from advisor.estimate.memory import estimate_memory
 from advisor.knowledge import Knowledge
-from advisor.recommend.chains import PAIR_OBJECTIVES, PREFERENCE, REINFORCEMENT
-from advisor.recommend.gates import Proposal, estimated_as, task_bytes
+from advisor.recommend.chains import PAIR_OBJECTIVES, REINFORCEMENT
+from advisor.recommend.gates import Proposal, estimated_as
 from advisor.recommend.lengths import Lengths, lengths_of, round_up
-from advisor.recommend.situation import TEXT, Situation, rows_of, rule
+from advisor.recommend.rank import rank_for
+from advisor.recommend.situation import Situation, datasets_of, rows_of, rule
 from advisor.types import (
-    DatasetProfile,
     MemoryEstimate,
     MemorySettings,
     ModelSpec,
@@ -29,7 +29,6 @@ from advisor.types import (
 )
 from advisor.units import format_bytes
 
-RANKS = (128, 64, 32, 16, 8, 4, 2, 1)
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
 
 
@@ -124,19 +123,6 @@ def fit(
             return Fit(stages=tuple(stages), layout=layout, tight=tight)
     free = situation.machine.free_bytes
     return worst or NoFit(needed_bytes=0, free_bytes=free, reason="there is no host memory to move to")
-
-
-def datasets_of(objective: Objective, situation: Situation) -> tuple[DatasetProfile, ...]:
-    """The datasets that a stage trains on."""
-    if objective == "cpt":
-        return tuple(d for d in situation.train if d.kind in TEXT)
-    if objective == "sft":
-        return situation.demos or (situation.pairs if situation.pairs else situation.answered)
-    if objective == "kto":
-        return situation.unpaired or situation.pairs
-    if objective in REINFORCEMENT:
-        return situation.answered or situation.prompts or situation.pairs
-    return situation.pairs
 
 
 def _layouts(
@@ -250,16 +236,21 @@ def _tries(
     shorter_rows = [round_up((target + least) / 2, limits), least]
     if situation.spec is not None and proposal.spec.id == situation.spec.id:
         shorter_rows.append(min(lengths.bare, most))
-    for seq_len in dict.fromkeys(shorter_rows):
-        if seq_len < target:
-            last = msgspec.structs.replace(last, seq_len=seq_len)
-            yield last
-    for shorter in _shorter_completions(completion):
+    shorter_rows = [n for n in dict.fromkeys(shorter_rows) if n < target]
+    yield from _frugal(last, shorter_rows, proposal, knowledge)
+
+
+def _frugal(last: _Try, shorter_rows: list[int], proposal: Proposal, knowledge: Knowledge) -> Iterator[_Try]:
+    """What is given up when not even the smallest batch fits: length, then answers, then rank."""
+    for seq_len in shorter_rows:
+        last = msgspec.structs.replace(last, seq_len=seq_len)
+        yield last
+    for shorter in _shorter_completions(last.completion):
         last = msgspec.structs.replace(last, completion=shorter)
         yield last
-    frugal_rank = rule(knowledge, "settings", "rank")["tight_memory"]
-    while proposal.facts.group == "lora" and last.rank > frugal_rank:
-        last = msgspec.structs.replace(last, rank=max(frugal_rank, last.rank // 2))
+    least_rank = rule(knowledge, "settings", "rank")["tight_memory"]
+    while proposal.facts.group == "lora" and last.rank > least_rank:
+        last = msgspec.structs.replace(last, rank=max(least_rank, last.rank // 2))
         yield last
 
 
@@ -365,43 +356,3 @@ def memory_settings(
 
 def _int(value: Any) -> int:
     return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0
-
-
-# --- rank ----------------------------------------------------------------------------------------
-
-
-def rank_for(proposal: Proposal, objective: Objective, situation: Situation, knowledge: Knowledge) -> int:
-    """The LoRA rank that the amount of data asks for and the storage of a task allows."""
-    if proposal.facts.group != "lora" and "lora_r" not in proposal.facts.settings:
-        return 0
-    rank = _wanted_rank(objective, situation, knowledge)
-    limit = situation.scenario.goal.storage_per_task_kb
-    if limit is None:
-        return rank
-    for smaller in RANKS:
-        size = task_bytes(proposal.spec, proposal.tuner, proposal.facts, smaller)
-        if smaller <= rank and size <= limit * 1000:
-            return smaller
-    return 1
-
-
-def _wanted_rank(objective: Objective, situation: Situation, knowledge: Knowledge) -> int:
-    rules, capacity = rule(knowledge, "settings", "rank"), rule(knowledge, "data", "capacity")
-    if objective == "cpt":
-        return int(rules["pretraining"])
-    if objective in PREFERENCE or objective == "reward":
-        return int(rules["preference"])
-    if objective in REINFORCEMENT:
-        return int(rules["reinforcement"])
-    if situation.tenants > 1:
-        return int(rules["tenants"])
-    rows = rows_of(datasets_of("sft", situation))
-    if rows >= capacity["lora_rows"]:
-        return int(rules["capacity"])
-    if rows >= rules["large_from_rows"]:
-        return int(rules["large"])
-    if situation.tasks > 1:
-        return int(rules["multi_task"])
-    if rows < rule(knowledge, "data", "rows")["small_below"]:
-        return int(rules["small_data"])
-    return int(rules["default"])

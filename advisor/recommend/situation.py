@@ -20,6 +20,7 @@ from advisor.types import (
     DatasetProfile,
     Hardware,
     ModelSpec,
+    Objective,
     Record,
     Scenario,
     UnderstoodGoal,
@@ -158,6 +159,19 @@ def megabytes_of(datasets: Iterable[DatasetProfile], knowledge: Knowledge) -> fl
         else:
             total += dataset.rows * (dataset.mean_tokens or 0.0) * each / MEGABYTE
     return total
+
+
+def datasets_of(objective: Objective, situation: Situation) -> tuple[DatasetProfile, ...]:
+    """The datasets that a stage trains on."""
+    if objective == "cpt":
+        return tuple(d for d in situation.train if d.kind in TEXT)
+    if objective == "sft":
+        return situation.demos or (situation.pairs if situation.pairs else situation.answered)
+    if objective == "kto":
+        return situation.unpaired or situation.pairs
+    if objective in ("rloo", "grpo"):
+        return situation.answered or situation.prompts or situation.pairs
+    return situation.pairs
 
 
 def unequal_ratio(situation: Situation) -> float:

@@ -1,0 +1,156 @@
+"""Which model does a name mean: a known one, a base twin, a quantised copy, a hosted one, or only words?
+
+Goes in: any text. Comes out: NamedModel, with a ModelSpec where kb/ knows the model.
+Never does: choose a model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from advisor.knowledge import Knowledge
+from advisor.types import ModelFacts, ModelShape, ModelSpec, Record
+
+
+class NamedModel(Record, frozen=True, kw_only=True):
+    """How a model name was understood."""
+
+    asked: str
+    how: Literal["auto", "known", "guessed", "quantised", "closed", "words", "unknown"]
+    """`guessed`: only the size in its name is known, and the shape is that of a model of like size."""
+    spec: ModelSpec | None = None
+
+
+def spec_for(text: str, knowledge: Knowledge) -> ModelSpec | None:
+    """Return the spec of a model that kb/ knows by its id, its name alone, its base twin or its words."""
+    return name_model(text, knowledge).spec
+
+
+def name_model(text: str, knowledge: Knowledge) -> NamedModel:
+    """Say what a model name means; `spec` is None where it must be chosen or read elsewhere."""
+    asked = text.strip()
+    rules = knowledge.rules["closed_models"]
+    if asked.lower() in ("", "auto"):
+        return NamedModel(asked=asked, how="auto")
+    if spec := _known(asked, knowledge):
+        return NamedModel(asked=asked, how="known", spec=spec)
+    original = _unquantised(asked, rules["quantised"]["words"])
+    if original != asked:
+        spec = _known(original, knowledge)
+        return NamedModel(asked=asked, how="quantised" if spec else "unknown", spec=spec)
+    words = asked.lower()
+    is_open = any(word in words for word in rules["hosted"]["open_words"])
+    if not is_open and "/" not in asked and _mentions(words, rules["hosted"]["words"]):
+        return NamedModel(asked=asked, how="closed")
+    if "/" in asked:
+        guess = _guessed(asked, knowledge)
+        return NamedModel(asked=asked, how="guessed" if guess else "unknown", spec=guess)
+    spec = _by_words(asked, knowledge)
+    return NamedModel(asked=asked, how="known" if spec else "words", spec=spec)
+
+
+def _mentions(text: str, words: Iterable[str]) -> bool:
+    return any(re.search(rf"(?<![a-z0-9]){re.escape(word)}", text) for word in words)
+
+
+def _short(model_id: str) -> str:
+    return model_id.rsplit("/", 1)[-1].lower()
+
+
+def _known(asked: str, knowledge: Knowledge) -> ModelSpec | None:
+    lower, short = asked.lower(), _short(asked)
+    for key, facts in knowledge.models.items():
+        if key.lower() == lower:
+            return spec_of(key, facts)
+    for key, facts in knowledge.models.items():
+        if _short(key) == short:
+            return spec_of(key, facts)
+    for key, facts in knowledge.models.items():
+        if facts.instruct and short in _base_names(key):
+            org = key.rsplit("/", 1)[0] if "/" in key else ""
+            plain = asked if "/" in asked or not org else f"{org}/{asked}"
+            return msgspec.structs.replace(spec_of(key, facts), id=plain, instruct=False)
+    return None
+
+
+def base_twin(instruct_id: str, base_id: str) -> bool:
+    """True when the second model is the base that the first was made of, by its name."""
+    return _short(base_id) in _base_names(instruct_id)
+
+
+def _base_names(instruct_id: str) -> set[str]:
+    """Names that the base twin of an instruct model goes by."""
+    short = _short(instruct_id)
+    for ending in ("-instruct", "-it", "-chat"):
+        short = short.removesuffix(ending)
+    twins = {f"{short}-base", f"{short}-pt"}
+    if short != _short(instruct_id):
+        twins.add(short)
+    return twins
+
+
+def _unquantised(asked: str, marks: Iterable[str]) -> str:
+    """The name without file ending and marks of quantisation."""
+    name = re.sub(r"\.(gguf|bin|ggml)$", "", asked, flags=re.IGNORECASE)
+    pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
+    return re.sub(rf"[-_.](?:{pattern}|i1|unsloth)(?=$|[-_.])", "", name, flags=re.IGNORECASE)
+
+
+def _guessed(asked: str, knowledge: Knowledge) -> ModelSpec | None:
+    """A hub id that kb/ does not know, by the size in its name: the nearest dense model with more layers."""
+    found = re.search(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*([bm])(?![a-z0-9])", asked.lower())
+    if not found:
+        return None
+    size = float(found[1]) * (1e9 if found[2] == "b" else 1e6)
+    dense = [(key, facts) for key, facts in knowledge.models.items() if not facts.experts]
+    if not dense or size <= 0:
+        return None
+    key, facts = min(dense, key=lambda item: (abs(math.log(item[1].parameters / size)), item[0]))
+    like = spec_of(key, facts)
+    layers = max(1, round(like.shape.layers * size / like.parameters))
+    words = re.split(r"[^a-z]+", asked.lower())
+    return msgspec.structs.replace(
+        like, id=asked, shape=msgspec.structs.replace(like.shape, layers=layers), parameters=round(size),
+        instruct=bool({"instruct", "it", "chat"} & set(words)), licence=None, commercial=None,
+        licence_note="", gated=False, languages=(), source="judgement", verified=False,
+    )  # fmt: skip
+
+
+def _by_words(asked: str, knowledge: Knowledge) -> ModelSpec | None:
+    """The newest model whose name holds every word: `Llama 3.1 8B`, `qwen3 4b`."""
+    tokens = [t for t in re.split(r"[\s_\-/]+", asked.lower()) if t]
+    if not any(re.search(r"\d", t) or len(t) > 3 for t in tokens):
+        return None
+    found = []
+    for key, facts in knowledge.models.items():
+        parts = re.split(r"[\s_\-/]+", key.lower())
+        if all(t in parts or any(p.startswith(t) for p in parts if len(t) > 3) for t in tokens):
+            found.append((facts.released, facts.instruct, key))
+    if not found:
+        return None
+    key = max(found)[2]
+    return spec_of(key, knowledge.models[key])
+
+
+def spec_of(key: str, facts: ModelFacts) -> ModelSpec:
+    """Return the ModelSpec of one table of kb/models."""
+    return ModelSpec(
+        id=key, family=facts.family, architecture=facts.architecture, model_type=facts.model_type,
+        shape=ModelShape(
+            layers=facts.layers, hidden=facts.hidden, intermediate=facts.intermediate, heads=facts.heads,
+            kv_heads=facts.kv_heads, head_dim=facts.head_dim, vocab=facts.vocab, tied=facts.tied,
+            attention_bias=facts.attention_bias, mlp_bias=facts.mlp_bias,
+            sliding_window=facts.sliding_window, full_attention_layers=facts.full_attention_layers,
+            experts=facts.experts, experts_per_token=facts.experts_per_token,
+        ),
+        parameters=facts.parameters, active_parameters=facts.active_parameters,
+        context_tokens=facts.context_tokens, instruct=facts.instruct, licence=facts.licence,
+        commercial=facts.commercial, licence_note=facts.licence_note, gated=facts.gated,
+        languages=facts.languages, fp16_safe=facts.fp16_safe, gguf_architecture=facts.gguf_architecture,
+        source=facts.source, verified=facts.verified,
+    )  # fmt: skip
