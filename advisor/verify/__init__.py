@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from advisor.errors import ExportError, MissingPackageError, RefusedError
 from advisor.export.architecture import ModelPlan, plan_model
 from advisor.export.chat_template import Conversation
@@ -118,8 +120,9 @@ def _checks(
     config = trained.config
     vocabulary = read_vocabulary(Path(trained.tokenizer), Path(trained.base), rows=config["vocab_size"])
     _check_memory(trained)
-    on_progress("loading the trained model to compare with")
-    questions, reference = _reference(trained, rows, probe_texts(rules, vocabulary))
+    on_progress("asking the trained model")
+    context = _context(plan_model(config, own_head=True))
+    questions, reference = _reference(trained, rows, probe_texts(rules, vocabulary), context)
     tied = bool(config.get("tie_word_embeddings", False))
     plan = plan_model(config, own_head=not tied or _is_untied(reference))
     early = (
@@ -194,10 +197,15 @@ def _ask(
             ],
             "sequences": reference.sequences,
             "prompts": reference.prompts,
-            "greedy_tokens": rules.samples.greedy_tokens,
+            "greedy_tokens": max(len(tokens) for tokens in reference.greedy),
             "ends": reference.ends,
         }
     )
+
+
+def _context(plan: ModelPlan) -> int:
+    """Return how many tokens the file claims to be exact for."""
+    return int(plan.metadata[f"{plan.architecture.gguf}.context_length"])
 
 
 def _is_untied(reference: Reference) -> bool:
@@ -207,12 +215,12 @@ def _is_untied(reference: Reference) -> bool:
 
 
 def _reference(
-    trained: Trained, rows: tuple[Path, ...], texts: tuple[str, ...]
+    trained: Trained, rows: tuple[Path, ...], texts: tuple[str, ...], context: int
 ) -> tuple[Questions, Reference]:
     """Ask the trained model; the files of one export share its answers."""
     places = (trained.base, trained.adapter, trained.tokenizer, *map(str, rows))
     stamps = tuple(_stamp(Path(place)) for place in places if place is not None)
-    return _asked(trained, rows, texts, stamps)
+    return _asked(trained, rows, texts, context, stamps)
 
 
 def _stamp(path: Path) -> float:
@@ -222,7 +230,7 @@ def _stamp(path: Path) -> float:
 
 @functools.lru_cache(maxsize=1)
 def _asked(
-    trained: Trained, rows: tuple[Path, ...], texts: tuple[str, ...], stamps: tuple[float, ...]
+    trained: Trained, rows: tuple[Path, ...], texts: tuple[str, ...], context: int, stamps: tuple[float, ...]
 ) -> tuple[Questions, Reference]:
     from advisor.verify.reference import Questions, load_reference
 
@@ -233,4 +241,9 @@ def _asked(
         rows=tuple(read_conversations(rows)),
         prompts=rules.probe.prompts,
     )
-    return questions, load_reference(trained, questions, rules.samples)
+    samples = msgspec.structs.replace(
+        rules.samples,
+        row_tokens=min(rules.samples.row_tokens, context),
+        greedy_tokens=min(rules.samples.greedy_tokens, context // 2),
+    )
+    return questions, load_reference(trained, questions, samples)

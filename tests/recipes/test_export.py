@@ -31,13 +31,25 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 QUANTS = ("F32", "F16", "Q8_0", "Q4_K_M")
-MODELS = {
+LLAMA3_ROTATION = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
     "llama-tied": {"architecture": "llama", "tied": True},
-    "llama-untied": {"architecture": "llama", "tied": False, "dtype": "bfloat16", "tokenizer": "llama3"},
-    "qwen2": {"architecture": "qwen2", "tied": True},
-    "mistral": {"architecture": "mistral", "tied": False},
-    "qwen3": {"architecture": "qwen3", "tied": True},
-}
+    "llama-untied": {
+        "architecture": "llama", "tied": False, "dtype": "bfloat16", "tokenizer": "llama3",
+        "config": {
+            "attention_bias": True, "mlp_bias": True, "head_dim": 32, "rope_parameters": LLAMA3_ROTATION,
+        },
+    },
+    "qwen2": {"architecture": "qwen2", "tied": True, "hidden": 384},
+    "mistral": {"architecture": "mistral", "tied": False, "config": {"sliding_window": 64}},
+    "qwen3": {"architecture": "qwen3", "tied": True, "config": {"vocab_size": 544, "rope_parameters": YARN}},
+}  # fmt: skip
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama-tied", {"target_modules": "all-linear"}),
     "patterns": (
