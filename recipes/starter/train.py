@@ -191,7 +191,7 @@ def main(recipe_path: Path) -> None:
         collate = transformers.default_data_collator
         transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate).train()
     model.config.use_cache = True
-    model.generation_config.update(**ends, do_sample=False, max_new_tokens=128)
+    model.generation_config.update(**ends, do_sample=False, max_new_tokens=128, use_cache=True)
     model.to(torch.bfloat16).save_pretrained(recipe["output_dir"])
     tokenizer.save_pretrained(recipe["output_dir"])
 
