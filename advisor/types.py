@@ -299,7 +299,7 @@ class MemorySettings(Record, frozen=True, kw_only=True):
     autocast: bool = True
     """Matrix products run under torch.autocast, as the trainers do in bf16 and fp16."""
     adapter_bits: Literal[16, 32] | None = None
-    """Width of adapter weights; None: 32, as the programs hold them (TRL alone: 16 beside a quantised base)."""
+    """Width of adapter weights; None: 32, as our programs hold them (TRL alone: 16 on 4 bits)."""
     accumulate: bool = True
     """Gradients of earlier micro batches are held while the next one is computed."""
 

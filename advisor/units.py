@@ -53,9 +53,9 @@ def parse_bytes(text: str) -> int:
 
 def format_count(value: float) -> str:
     """Return a count in words people use: 999, 12.3k, 4.89M, 8.03B."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+    for limit, factor, unit in ((9.995e8, 1e9, "B"), (9.995e5, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"
+            return f"{value / factor:.3g}{unit}"
     return f"{value:.0f}"
 
 

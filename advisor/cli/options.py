@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from advisor.intake import Inputs, parse_setting
+from advisor.inputs import Inputs, parse_setting
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
@@ -56,6 +56,6 @@ def planning(command: Command) -> Command:
 
 
 def inputs_of(*, settings: tuple[str, ...] = (), out: Path | None = None, **given: Any) -> Inputs:
-    """Return the planning options as one record; `--set` texts are parsed, the rest has the record's names."""
+    """Return the planning options as one record; `--set` texts are parsed."""
     parsed = dict(parse_setting(text) for text in settings)
     return Inputs(settings=parsed, out=str(out) if out else None, **given)

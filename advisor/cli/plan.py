@@ -11,10 +11,10 @@ import click
 from advisor.cli import options
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.cli.planning import require_trainable, write_plan
-from advisor.intake import gather, require_data
-from advisor.knowledge import load
+from advisor.inputs import Inputs, declared, require_data
+from advisor.knowledge import Knowledge, load
 from advisor.plan import make_plan
-from advisor.ui.render import plan as draw
+from advisor.types import Plan, Scenario
 
 
 @click.command()
@@ -25,19 +25,28 @@ def plan(out: Path | None, *, dry_run: bool, as_json: bool, **wish: Any) -> None
     """Recommend a method for your data and machine, say why, and write a run folder."""
     inputs = options.inputs_of(out=out, **wish)
     knowledge = load()
-    scenario_ = gather(inputs, knowledge, notifier(quiet=as_json))
-    made = make_plan(scenario_, knowledge)
-    folder: Path | None = None
+    case = declared(inputs, knowledge) if inputs.scenario else _probed(inputs, knowledge, quiet=as_json)
+    made = make_plan(case, knowledge)
+    if not as_json:
+        _show(made)
     if not dry_run:
-        require_data(scenario_)
-        if not as_json:
-            print_text(draw(made))
-        require_trainable(made, scenario_)
+        require_data(case)
+        require_trainable(made, case)
         folder = write_plan(made, out, datetime.now())
+        if not as_json:
+            print_text(f"Written to {folder}", f"Next: ftadvisor run {folder}")
     if as_json:
         print_json(made)
-        return
-    if folder is None:
-        print_text(draw(made))
-    else:
-        print_text(f"Written to {folder}", f"Next: ftadvisor run {folder}")
+
+
+def _probed(inputs: Inputs, knowledge: Knowledge, *, quiet: bool) -> Scenario:
+    """Look at the machine, the model and the data; loads what only that needs."""
+    from advisor.intake import gather
+
+    return gather(inputs, knowledge, notifier(quiet=quiet))
+
+
+def _show(made: Plan) -> None:
+    from advisor.ui.render import plan as draw
+
+    print_text(draw(made))

@@ -9,7 +9,8 @@ import msgspec
 
 from advisor.cli import options
 from advisor.cli.output import print_json, print_text
-from advisor.intake import Inputs, hardware_of
+from advisor.inputs import Inputs
+from advisor.intake import hardware_of
 from advisor.knowledge import load
 from advisor.types import Hardware
 

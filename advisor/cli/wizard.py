@@ -14,7 +14,8 @@ from advisor.cli.output import notifier, print_json, print_text
 from advisor.cli.planning import write_plan
 from advisor.cli.run import train
 from advisor.errors import UsageError
-from advisor.intake import gather, hardware_of, profiles_of, require_data
+from advisor.inputs import require_data
+from advisor.intake import gather, hardware_of, profiles_of
 from advisor.knowledge import Knowledge, load
 from advisor.plan import make_plan
 from advisor.types import Plan

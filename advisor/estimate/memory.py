@@ -248,7 +248,8 @@ def _loss(case: _Case, *, backward: bool) -> Part:
 
 def _load(case: _Case) -> list[Part]:
     plan, settings = case.plan, case.settings
-    weights = states.weight_total(plan, settings, case.rules) // states.shards(settings)
+    on_host = settings.offload and settings.shard != "none"
+    weights = 0 if on_host else states.weight_total(plan, settings, case.rules) // states.shards(settings)
     largest = max(one.weights for one in plan.linears) if settings.weight_bits < 16 else 0
     return [
         Part(name="weights", bytes=weights, formula="base weights", source=case.rules["quantised"]["source"]),

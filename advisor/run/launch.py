@@ -31,7 +31,7 @@ QUIET_AND_OFFLINE = {
     "USE_HUB_KERNELS": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
-    # Waiting threads must not spin: on a machine that does other work too, spinning made a step 8 times slower.
+    # Threads that wait must not spin: on a machine that does other work too, a step took 8 times as long.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

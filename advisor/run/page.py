@@ -1,7 +1,7 @@
 """Writes report.html: one self-contained page that tells a run from wish to proof.
 
-Goes in: a run folder (plan.json, report.json, events.jsonl, export/*.json). Comes out: report.html. Never does:
-load anything from elsewhere, compute what the records do not say.
+Goes in: a run folder (plan.json, report.json, events.jsonl, export/*.json). Comes out: report.html.
+Never does: load anything from elsewhere, compute what the records do not say.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def keep_trainable_on_cpu(model: PreTrainedModel) -> None:
 
     On processors with AVX512-BF16, bitsandbytes 0.50 repacks a layer for inference at its first forward pass
     in evaluation mode and never turns back; its kernel for that layout has no gradient, so that a model which
-    was evaluated once trains on with gradients that silently lack everything behind it. """
+    was evaluated once trains on with gradients that silently lack everything behind it."""
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():

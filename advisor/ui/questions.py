@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from advisor.errors import UnknownNameError, UsageError
-from advisor.intake import Inputs
+from advisor.inputs import Inputs
 from advisor.types import Record
 
 Answer = str | bool | None
