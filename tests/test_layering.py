@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "errors": 0, "types": 0, "units": 0, "resources": 0, "storage": 0, "rows": 0, "templates": 0,
     "knowledge": 1, "probe": 1.5,
-    "explain": 2, "estimate": 2.0, "scenario": 2.1, "inputs": 2.2, "goals": 2.1, "recommend": 2.4, "plan": 2.6, "recipe": 2.8,
+    "explain": 2, "estimate": 2.0, "scenario": 2.1, "inputs": 2.2, "goals": 2.1,
+    "recommend": 2.4, "plan": 2.6, "recipe": 2.8,
     "intake": 3, "run": 3, "export": 3, "verify": 3.5, "chat": 3,
     "train": 3.9,
     "ui": 4, "cli": 5, "__main__": 6, "__init__": 0,

@@ -1,4 +1,4 @@
-"""What is shipped: one top-level name in the wheel, with kb/ and recipes/ inside, and a command that starts."""
+"""What is shipped: one top-level name in the wheel, kb/ and recipes/ inside, a command that starts."""
 
 from __future__ import annotations
 
