@@ -101,9 +101,7 @@ def run_plan(folder: Path, *, resume: bool, on_event: OnEvent, offline: bool) ->
             error = _follow(process, folder, events, reader, on_event)
         finally:
             _end_group(process)
-        status: Status = "done" if error is None else "failed"
-        if isinstance(error, InterruptedRunError):
-            status = "interrupted"
+        status = _status(error)
         events.write("end", status=status, seconds=round(time.monotonic() - started, 3))
         for event in reader.new_events():
             on_event(event)
@@ -273,6 +271,14 @@ def _follow(
             "The run was interrupted; its checkpoints are kept.", f"Go on: ftadvisor run {folder} --resume"
         )
     return classify(status, error, _log_tail(folder / LOG))
+
+
+def _status(error: AdvisorError | None) -> Status:
+    if error is None:
+        return "done"
+    if isinstance(error, InterruptedRunError):
+        return "interrupted"
+    return "refused" if isinstance(error, RefusedError) else "failed"
 
 
 def _interrupt(process: subprocess.Popen[bytes], events: EventWriter, *, times: int) -> None:

@@ -76,7 +76,7 @@ def load_model(model: RecipeModel, settings: SftSettings) -> PreTrainedModel:
             quantization_config=quantisation,
             device_map={"": 0} if quantisation is not None and cuda else None,
         )
-    except (OSError, ValueError, KeyError) as problem:
+    except (OSError, ValueError, KeyError, ImportError) as problem:
         raise ModelError(
             f"The model {model.id} cannot be loaded: {first_line(problem)}",
             "Check the model folder, or plan again with another --model.",

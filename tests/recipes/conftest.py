@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_tiny_model
-from training import make_run, rows, run, write_rows
 
 from advisor.types import RunReport
+from tiny import make_tiny_model
+from training import make_run, rows, run, write_rows
 
 
 class Trained:
@@ -34,17 +34,25 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "data.jsonl", rows())
 
 
+class Runs:
+    """Uninterrupted runs by tuner; each is made when it is first asked for, so that no test waits for all."""
+
+    def __init__(self, place: Path, model: Path, data: Path) -> None:
+        self._place, self._model, self._data = place, model, data
+        self._done: dict[str, Trained] = {}
+
+    def __getitem__(self, tuner: str) -> Trained:
+        if tuner not in self._done:
+            precision = "bf16" if tuner == "qlora" else "fp32"
+            folder = make_run(
+                self._place / tuner, tuner=tuner, model=self._model, data=self._data, precision=precision
+            )
+            seen: list[dict[str, Any]] = []
+            self._done[tuner] = Trained(folder, run(folder, on_event=seen.append), seen)
+        return self._done[tuner]
+
+
 @pytest.fixture(scope="session")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, data_file: Path
-) -> dict[str, Trained]:
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, data_file: Path) -> Runs:
     """One uninterrupted run of each tuner."""
-    done = {}
-    for tuner in ("full", "lora", "qlora"):
-        folder = make_run(
-            tmp_path_factory.mktemp(tuner) / "run", tuner=tuner, model=tiny_model, data=data_file,
-            **({"precision": "bf16"} if tuner == "qlora" else {}),
-        )  # fmt: skip
-        seen: list[dict[str, Any]] = []
-        done[tuner] = Trained(folder, run(folder, on_event=seen.append), seen)
-    return done
+    return Runs(tmp_path_factory.mktemp("runs"), tiny_model, data_file)

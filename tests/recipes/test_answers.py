@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tiny import CHATML, make_tiny_model
 from training import SETTINGS, rows, write_rows
 
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 
 from advisor.errors import DataError, ModelError
 from advisor.train.answers import Template, read_template, render_answers
-from advisor.train.data import IGNORED, Prepared, Row, prepare, split
+from advisor.train.data import IGNORED, Prepared, Row, mix, prepare, split
 from advisor.train.model import settle_ending
 from advisor.train.settings import SftSettings
 from advisor.types import RecipeDataset
@@ -203,8 +204,8 @@ def test_an_unfinished_answer_is_not_found() -> None:
     assert render_answers(template, [{"role": "assistant", "content": "x"}], None).spans == ()
 
 
-def _row(key: str) -> Row:
-    return Row(tokens=np.array([1]), labels=np.array([1]), key=key, cut=False)
+def _row(key: str, dataset: str = "one") -> Row:
+    return Row(tokens=np.array([1]), labels=np.array([1]), key=key, dataset=dataset, content=b"{}", cut=False)
 
 
 @given(
@@ -223,3 +224,30 @@ def test_the_split_depends_on_rows_not_on_their_order(keys: list[str], fraction:
     assert len(heldout) + len(train) == len(keys)
     assert train
     assert bool(heldout) == (fraction > 0 and len(set(keys)) > 1)
+
+
+def test_one_dataset_is_not_mixed() -> None:
+    """Cap and temperature are about several datasets."""
+    rows = [_row(f"{i:04}") for i in range(20)]
+    assert mix(rows, cap=5, temperature=2.0) == rows
+
+
+@given(
+    big=st.integers(1, 200),
+    small=st.integers(1, 200),
+    cap=st.integers(0, 100),
+    temperature=st.floats(1.0, 50.0),
+)
+def test_mixing_evens_out_and_never_repeats(big: int, small: int, cap: int, temperature: float) -> None:
+    """No dataset has more than its rows or the cap; a temperature never lowers the smaller one's share."""
+    sizes = {"a": big, "b": small}
+    rows = [_row(f"{name}{i:04}", name) for name, size in sizes.items() for i in range(size)]
+    mixed = mix(rows, cap=cap, temperature=temperature)
+    kept = {name: sum(row.dataset == name for row in mixed) for name in sizes}
+    assert len({row.key for row in mixed}) == len(mixed)
+    assert all(kept[name] <= min(size, cap or size) for name, size in sizes.items())
+    plain = mix(rows, cap=cap, temperature=1.0)
+    fewer = min(sizes, key=lambda name: sizes[name])
+    before = sum(row.dataset == fewer for row in plain) / len(plain)
+    assert kept[fewer] / len(mixed) >= before - 1 / len(mixed) - 1e-9
+    assert mix(list(reversed(rows)), cap=cap, temperature=temperature) == list(reversed(mixed))

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
-from training import make_run, run
 
 from advisor.errors import InterruptedRunError, RefusedError, TrainingError
 from advisor.run.events import read_events
 from advisor.storage import read_record
 from advisor.types import RunReport
+from training import make_run, run
 
 pytestmark = pytest.mark.slow
 LAST = "checkpoints/checkpoint-10"
@@ -33,7 +33,7 @@ def _losses(folder: Path) -> dict[int, float]:
 
 
 def test_killed_full_run_resumes_bit_equal(
-    trained: dict[str, Any], tiny_model: Path, data_file: Path, tmp_path: Path
+    trained: Any, tiny_model: Path, data_file: Path, tmp_path: Path
 ) -> None:
     """SIGKILL after a checkpoint, a newer checkpoint half-written, the folder moved: the end is bit-equal."""
     folder = make_run(tmp_path / "first", tuner="full", model=tiny_model, data=data_file)
@@ -70,7 +70,7 @@ def test_killed_full_run_resumes_bit_equal(
 
 
 def test_interrupted_lora_run_resumes_bit_equal(
-    trained: dict[str, Any], tiny_model: Path, data_file: Path, tmp_path: Path
+    trained: Any, tiny_model: Path, data_file: Path, tmp_path: Path
 ) -> None:
     """Ctrl-C saves after the step and stops; with dropout on, --resume ends in the same bits."""
     folder = make_run(tmp_path / "run", tuner="lora", model=tiny_model, data=data_file)

@@ -35,7 +35,7 @@ PROGRAM = msgspec.convert(tomllib.loads((recipes_dir() / "sft" / "program.toml")
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
-def test_it_learns(trained: dict[str, Any], tuner: str) -> None:
+def test_it_learns(trained: Any, tuner: str) -> None:
     """The loss falls, on rows that were never trained on too."""
     report = trained[tuner].report
     assert (report.status, report.steps, report.steps_planned) == ("done", 10, 10)
@@ -46,7 +46,7 @@ def test_it_learns(trained: dict[str, Any], tuner: str) -> None:
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
-def test_labels_are_proved_before_the_first_step(trained: dict[str, Any], tuner: str) -> None:
+def test_labels_are_proved_before_the_first_step(trained: Any, tuner: str) -> None:
     """The data event comes before any step and shows that answers with their end token are trained on."""
     names = [event["event"] for event in trained[tuner].events]
     assert names.index("data") < names.index("model") < names.index("step")
@@ -62,7 +62,7 @@ def test_labels_are_proved_before_the_first_step(trained: dict[str, Any], tuner:
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
-def test_each_step_is_told(trained: dict[str, Any], tuner: str) -> None:
+def test_each_step_is_told(trained: Any, tuner: str) -> None:
     """Step events count up and carry what the live view needs."""
     steps = [event for event in trained[tuner].events if event["event"] == "step"]
     assert [event["step"] for event in steps] == list(range(1, 11))
@@ -77,7 +77,7 @@ def test_each_step_is_told(trained: dict[str, Any], tuner: str) -> None:
     assert kept == ["checkpoint-10", "checkpoint-8"]
 
 
-def test_full_tuning_moves_and_saves_all_weights(trained: dict[str, Any], tiny_model: Path) -> None:
+def test_full_tuning_moves_and_saves_all_weights(trained: Any, tiny_model: Path) -> None:
     """Every tensor differs from the base; the saved folder is complete and ends turns with the template's
     token."""
     folder = trained["full"].folder / "model"
@@ -96,7 +96,7 @@ def test_full_tuning_moves_and_saves_all_weights(trained: dict[str, Any], tiny_m
 
 
 @pytest.mark.parametrize("tuner", ["lora", "qlora"])
-def test_only_adapters_move(trained: dict[str, Any], tiny_model: Path, tuner: str) -> None:
+def test_only_adapters_move(trained: Any, tiny_model: Path, tuner: str) -> None:
     """The adapter holds A and B of every linear layer in fp32, all moved, and nothing else was trained."""
     folder = trained[tuner].folder / "adapter"
     saved = load_file(folder / "adapter_model.safetensors")
@@ -117,7 +117,7 @@ def test_only_adapters_move(trained: dict[str, Any], tiny_model: Path, tuner: st
     assert not (trained[tuner].folder / "model").exists()
 
 
-def test_adapters_on_four_bits_train_in_fp32(trained: dict[str, Any]) -> None:
+def test_adapters_on_four_bits_train_in_fp32(trained: Any) -> None:
     """Their optimiser moments are fp32 too; in bf16 small updates would vanish."""
     state = torch.load(
         trained["qlora"].folder / "checkpoints" / "checkpoint-10" / "optimizer.pt", weights_only=True
