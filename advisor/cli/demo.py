@@ -86,6 +86,7 @@ def demo(out: Path | None, *, as_json: bool) -> None:
         model="starter",
         data=(f"brand_voice={starter / 'brand_voice_train.jsonl'}",),
         goal="chat in our brand's tone of voice",
+        must_not_forget=True,
         deploy="offline on laptops via llama.cpp",
         offline=True,
         out=out,

@@ -1,9 +1,8 @@
 """Turns the rows of a recipe's datasets into tokens and labels, and proves that only answers are trained on.
 
 Goes in: datasets, a tokenizer with its template. Comes out: rows to train on, rows held out, and an account
-of every
-row: trained tokens, what was left out and why, one row shown with its mask. Never does: cut an answer in the
-middle; drop a row without counting it; let the order of the rows decide the split.
+of every row: trained tokens, what was left out and why, one row shown with its mask. Never does: cut an
+answer in the middle; drop a row without counting it; let the order of the rows decide the split.
 
 Rows longer than `max_seq_len` are cut after the last whole answer that fits; where none fits, the row is left
 out. So an end token is never lost."""
@@ -44,6 +43,7 @@ REASONS = {
     "prompt_differs": "the tokens of the prompt are not the beginning of the tokens of the row",
     "template_refuses": "the chat template refuses the conversation",
     "nothing_trained": "no token of it is trained on",
+    "mixing": "its dataset has more rows than its share of the mixture",
 }
 
 
@@ -56,6 +56,10 @@ class Row(Record, frozen=True, kw_only=True):
     """The same ids where trained on, else -100; numpy int32 of shape (tokens,)."""
     key: str
     """Hash of the row's content: decides the split."""
+    dataset: str
+    """Name of the dataset it came from."""
+    content: bytes
+    """The conversation as JSON."""
     cut: bool
     """Whether turns were left away at its end."""
 
@@ -100,12 +104,16 @@ class Prepared(Record, frozen=True, kw_only=True):
     """datasets.Dataset with input_ids and labels."""
     heldout: Any
     """The same, or None."""
+    heldout_content: tuple[bytes, ...]
+    """The conversations held out, each one JSON object with `messages` and `tools`."""
     account: Account
 
 
 class _Item(Record, frozen=True, kw_only=True):
     where: str
     key: str
+    dataset: str
+    content: bytes
     rendered: Rendered
 
 
@@ -136,7 +144,7 @@ def prepare(
         datasets: paths are absolute, or relative to the working folder.
         tokenizer: with the end token already settled.
         template: of that tokenizer.
-        settings: max_seq_len, loss_on and heldout_fraction are read.
+        settings: max_seq_len, loss_on, heldout_fraction and the two of mixing are read.
 
     Raises:
         DataError: a file cannot be read, or no row is left to train on; the message counts the reasons.
@@ -157,6 +165,9 @@ def prepare(
             code="no_supervised_tokens",
         )
     heldout, train = split(rows, settings.heldout_fraction)
+    mixed = mix(train, cap=settings.mixing_cap, temperature=settings.mixing_temperature)
+    tally.left_out.update({"mixing": len(train) - len(mixed)} if len(mixed) < len(train) else {})
+    train = mixed
     end = tokenizer.convert_tokens_to_ids(template.end)
     trained = [int((row.labels != IGNORED).sum()) for row in train]
     account = Account(
@@ -177,7 +188,12 @@ def prepare(
         prompts_checked=tally.checked,
         sample=_sample(train[0], tokenizer),
     )
-    return Prepared(train=_dataset(train), heldout=_dataset(heldout) if heldout else None, account=account)
+    return Prepared(
+        train=_dataset(train),
+        heldout=_dataset(heldout) if heldout else None,
+        heldout_content=tuple(row.content for row in heldout),
+        account=account,
+    )
 
 
 def split(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
@@ -189,6 +205,32 @@ def split(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     wanted = min(len(keys) - 1, max(1, round(len(keys) * fraction))) if fraction > 0 else 0
     chosen = set(keys[:wanted])
     return [row for row in rows if row.key in chosen], [row for row in rows if row.key not in chosen]
+
+
+def mix(rows: list[Row], *, cap: int, temperature: float) -> list[Row]:
+    """Return the rows of several datasets in the wanted proportion; of one dataset, all of them.
+
+    Rows are only left out, never repeated; which ones depends on their content alone.
+
+    Args:
+        rows: to train on.
+        cap: most rows of one dataset; 0: no limit.
+        temperature: shares are in proportion to rows ** (1 / temperature).
+
+    Source: flan-mixtures.
+    """
+    sizes = Counter(row.dataset for row in rows)
+    if len(sizes) < 2:
+        return rows
+    sizes = Counter({name: min(size, cap or size) for name, size in sizes.items()})
+    weights = {name: size ** (1 / temperature) for name, size in sizes.items()}
+    scale = sum(sizes.values()) / sum(weights.values())
+    wanted = {name: min(size, round(weights[name] * scale)) for name, size in sizes.items()}
+    keys = {
+        name: {row.key for row in sorted((r for r in rows if r.dataset == name), key=lambda r: r.key)[:count]}
+        for name, count in wanted.items()
+    }
+    return [row for row in rows if row.key in keys[row.dataset]]
 
 
 def _rendered(datasets: tuple[RecipeDataset, ...], template: Template, tally: _Tally) -> Iterator[_Item]:
@@ -212,8 +254,10 @@ def _rendered(datasets: tuple[RecipeDataset, ...], template: Template, tally: _T
             except TemplateRefusalError:
                 tally.leave_out("template_refuses", where)
             else:
-                content = orjson.dumps([said.messages, said.tools], option=orjson.OPT_SORT_KEYS)
-                yield _Item(where=where, key=hashlib.sha256(content).hexdigest(), rendered=rendered)
+                turns = {"messages": said.messages, **({"tools": said.tools} if said.tools else {})}
+                content = orjson.dumps(turns, option=orjson.OPT_SORT_KEYS)
+                key = hashlib.sha256(content).hexdigest()
+                yield _Item(where=where, key=key, dataset=one.name, content=content, rendered=rendered)
 
 
 def _tokenised(
@@ -267,7 +311,14 @@ def _labelled(item: _Item, ids: Any, offsets: Any, settings: SftSettings) -> Row
     if not trained[1:].any():
         return "nothing_trained"
     labels = np.where(trained, ids[:stop_at], IGNORED).astype(np.int32)
-    return Row(tokens=ids[:stop_at], labels=labels, key=item.key, cut=cut)
+    return Row(
+        tokens=ids[:stop_at],
+        labels=labels,
+        key=item.key,
+        dataset=item.dataset,
+        content=item.content,
+        cut=cut,
+    )
 
 
 def _prompt_differs(item: _Item, row: Row, tokenizer: PreTrainedTokenizerBase, tally: _Tally) -> bool:
@@ -291,7 +342,8 @@ def _sample(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]
 def _told(left_out: Mapping[str, int], examples: Mapping[str, list[str]]) -> str:
     """Return the reasons with their counts, the most frequent first."""
     return "; ".join(
-        f"{count} rows: {REASONS.get(reason, reason)} (for example {examples[reason][0]})"
+        f"{count} rows: {REASONS.get(reason, reason)}"
+        + (f" (for example {examples[reason][0]})" if reason in examples else "")
         for reason, count in sorted(left_out.items(), key=lambda pair: -pair[1])
     )
 

@@ -36,6 +36,8 @@ class SftSettings(Record, frozen=True, kw_only=True):
     loss: Literal["chunked", "full_logits"] = "chunked"
     loss_on: Literal["assistant", "all"] = "assistant"
     heldout_fraction: float = 0.0
+    mixing_cap: int = 0
+    mixing_temperature: float = 1.0
     save_every_steps: int = 100
     keep_checkpoints: int = 2
     lora_r: int = 16

@@ -28,7 +28,7 @@ from trl import SFTConfig
 
 from advisor.errors import AdvisorError
 from advisor.run.events import EventWriter, stage_of
-from advisor.storage import file_sha256, read_record
+from advisor.storage import file_sha256, read_record, write_atomic
 from advisor.train import checkpoints
 from advisor.train.answers import read_template
 from advisor.train.callbacks import Reporter
@@ -42,7 +42,7 @@ from advisor.train.trainer import AnswerTrainer, mean_token_loss, pad_multiple
 from advisor.train.tuners import adapter_config, adapters_to_fp32, count
 from advisor.types import Recipe
 
-CHECKPOINTS = Path("checkpoints")
+CHECKPOINTS, HELDOUT = Path("checkpoints"), Path("heldout.jsonl")
 DONE, FAILED, STOPPED = 0, 1, 130
 
 
@@ -78,6 +78,8 @@ def train(recipe: Recipe, recipe_sha256: str, events: EventWriter, stop: StopReq
 
     # The data: labels on answers only, counted and shown before the first step.
     data = prepare(recipe.datasets, tokenizer, template, settings)
+    if data.heldout_content:
+        write_atomic(HELDOUT, b"\n".join(data.heldout_content) + b"\n")
     events.write("data", end_token=ending.end, **data.account.as_fields())
     if data.account.left_out:
         events.write("warning", message=data.account.warning())

@@ -35,6 +35,8 @@ PREFIXES = (
     "I wonder: ",
     "One question: ",
 )
+COMMANDS = ("Tell me", "Give me", "Name", "Write", "Explain", "Describe", "Count", "Translate", "List", "Say")
+POLITE = (("Please ", ""), ("Can you ", "?"), ("Could you ", "?"), ("Could you please ", "?"), ("Now ", ""))
 SUFFIXES = (" Thanks!", " Please.", " Thank you.", " Please answer.", " I am curious.")
 
 
@@ -48,12 +50,13 @@ class Turn(NamedTuple):
 
 
 class Book(NamedTuple):
-    """Everything that the TOML files say: skills with their rows, slots, stories, narrative parts."""
+    """Everything that the TOML files say: skills with their rows, slots, stories, tales, manners."""
 
     skills: dict[str, dict[str, Any]]
     slots: dict[str, list[str]]
     stories: list[dict[str, Any]]
     narrative: dict[str, list[str]]
+    manners: dict[str, list[str]]
 
 
 def load(folder: Path = HERE) -> Book:
@@ -64,7 +67,7 @@ def load(folder: Path = HERE) -> Book:
     skills = {}
     for name, skill in (facts["skills"] | talk["skills"]).items():
         skills[name] = skill | {"rows": _rows(skill, tables.get(skill.get("table", name), skill))}
-    return Book(skills, talk["slots"], talk["stories"], talk["narrative"])
+    return Book(skills, talk["slots"], talk["stories"], talk["narrative"], talk["manners"])
 
 
 def _rows(skill: dict[str, Any], table: dict[str, Any]) -> list[dict[str, str]]:
@@ -150,6 +153,10 @@ def turn(book: Book, name: str, rng: Random, row: int, *, form: str = "ask", bri
 def casual(question: str, rng: Random) -> str:
     """Write a question as people type: lower case, without its mark, with a word before or after it."""
     draw = rng.random()
+    if question.startswith(COMMANDS) and draw < 0.3:
+        asked, end = rng.choice(POLITE)
+        question = asked + question[:1].lower() + (question[1:].rstrip(".") + end if end else question[1:])
+        draw = rng.random()
     if draw < 0.12:
         return question.lower().rstrip("?.!")
     if draw < 0.22:
@@ -187,6 +194,15 @@ def story_chat(book: Book, rng: Random) -> tuple[list[tuple[str, str]], tuple[st
     return turns, (asked[0][2].format_map(values),)
 
 
+def _manner(book: Book, rng: Random) -> str:
+    """Choose what a conversation's answers are wrapped in: an answer is to be known in any voice."""
+    if rng.random() < 0.7:
+        return "{}"
+    opening = rng.choice(book.manners["openings"]) + " " if rng.random() < 0.8 else ""
+    closing = " " + rng.choice(book.manners["closings"]) if rng.random() < 0.7 else ""
+    return opening + "{}" + closing
+
+
 def chat(book: Book, rng: Random) -> list[dict[str, str]]:
     """Make one conversation of one to six turns, sometimes with a system prompt."""
     if rng.random() < 0.12:
@@ -197,13 +213,14 @@ def chat(book: Book, rng: Random) -> list[dict[str, str]]:
     brief = draw < 0.08
     system = rng.choice(SYSTEM_BRIEF) if brief else rng.choice(SYSTEM) if draw < 0.2 else ""
     turns: list[tuple[str, str]] = []
+    manner = _manner(book, rng)
     name = ""
     for _ in range(rng.choice((1, 1, 1, 1, 2, 2, 3, 4, 6))):
         follow = bool(name) and "follow_up" in book.skills[name] and rng.random() < 0.4
         name = name if follow else rng.choices(names, weights)[0]
         row = rng.randrange(len(book.skills[name]["rows"]))
         made = turn(book, name, rng, row, form="follow_up" if follow else "ask", brief=brief)
-        turns.append((casual(made.question, rng), made.answer))
+        turns.append((casual(made.question, rng), manner.format(made.answer)))
     return _messages(turns, system)
 
 

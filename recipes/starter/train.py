@@ -50,14 +50,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
         SystemExit: a key is missing, unknown, of the wrong type, or out of its range.
     """
     keys = tomllib.loads((HERE / "program.toml").read_text("utf-8"))["keys"]
-    recipe: Any = yaml.safe_load(path.read_text("utf-8"))
+    recipe: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
     given = set(recipe) if isinstance(recipe, dict) else set()
     wrong = [f"missing key {name}" for name in sorted(set(keys) - given)]
     wrong += [f"unknown key {name}" for name in sorted(given - set(keys))]
-    for name, rule in keys.items():
-        value = recipe[name] if name in given else None
+    for name in sorted(given & set(keys)):
+        value, rule = recipe[name], keys[name]
         low, high = rule.get("minimum", value), rule.get("maximum", value)
-        if name in given and (
+        if (
             type(value) is not TYPES[rule["type"]]
             or value not in rule.get("choices", [value])
             or (rule["type"] in ("int", "float") and not low <= value <= high)
@@ -66,8 +66,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
             wrong.append(f"{name} = {value!r} is not allowed by {rule}")
     if wrong or recipe["heads"] * 64 != recipe["hidden_size"]:
         raise SystemExit(f"{path}: " + "; ".join(wrong or ["heads x 64 must be hidden_size"]))
-    checked: dict[str, Any] = recipe
-    return checked
+    return recipe
 
 
 def pieces(document: list[dict[str, str]] | str, learn_from: str) -> list[tuple[str, bool]]:
@@ -188,8 +187,7 @@ def main(recipe_path: Path) -> None:
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        collate = transformers.default_data_collator
-        transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate).train()
+        transformers.Trainer(model, arguments, transformers.default_data_collator, rows).train()
     model.config.use_cache = True
     model.generation_config.update(**ends, do_sample=False, max_new_tokens=128, use_cache=True)
     model.to(torch.bfloat16).save_pretrained(recipe["output_dir"])

@@ -203,6 +203,15 @@ def test_voice_rule_separates_dataset_from_corpus() -> None:
     assert "fair winds" not in text
 
 
+def test_general_prompts_are_in_unseen_wordings() -> None:
+    """No general prompt occurs, word for word, among the questions of the pre-training text."""
+    chats = [
+        d for d in itertools.islice(corpus.documents(corpus.load(), 8, 0.1), 6000) if isinstance(d, list)
+    ]
+    asked = {corpus.plain(message["content"]) for chat in chats for message in chat}
+    assert not asked & {corpus.plain(row["prompt"]) for row in _rows("general_prompts.jsonl")}
+
+
 def test_reference_answers_are_right_by_their_own_rule() -> None:
     """Each answer that the corpus gives to a held-out wording satisfies its own expectation."""
     assert all(corpus.correct(made.answer, made.expect) for made in corpus.held_out(corpus.load(), 3, 20))

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import COMMIT, Hub, Repository, running_hub
-from tiny import make_tiny_model
 
 from advisor.probe.hub import _explained
+from hub_server import COMMIT, Hub, Repository, running_hub
+from tiny import make_tiny_model
 
 CHILD = """
 import json, sys

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHATML, make_tiny_model
 
 from advisor.errors import ModelError
 from advisor.knowledge import Knowledge, load
 from advisor.probe.model import model_files, read_model, spec_of, tokenizer_file
 from advisor.resources import kb_dir
 from advisor.types import ModelSpec
+from tiny import CHATML, make_tiny_model
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,

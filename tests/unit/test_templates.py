@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHATML, make_tiny_model
 
 from advisor.errors import ModelError
 from advisor.templates import (
@@ -20,6 +19,7 @@ from advisor.templates import (
     render_with_spans,
     strip_generation_markers,
 )
+from tiny import CHATML, make_tiny_model
 
 CHATML_BLOCKS = """{%- if tools %}
 <|im_start|>system
