@@ -212,14 +212,12 @@ def _mixture(sheet: Sheet, stage: StageFit, advice: Advice, knowledge: Knowledge
 
 
 def replay(objective: str, situation: Situation, knowledge: Knowledge) -> tuple[float, str]:
-    """(share of old or general data to mix in, key of its reason); 0 when none is needed."""
+    """(share of old or general data to mix in, key of its reason); 0 without old data to take it from."""
     rules = rule(knowledge, "data", "replay")
     if objective == "cpt":
         key = "new_language" if new_language(situation, knowledge) else "same_language"
     elif objective == "sft" and situation.earlier:
         key = "earlier_task"
-    elif objective == "sft" and situation.wish("must_not_forget"):
-        key = "general"
     else:
         return 0.0, ""
     return float(rules[key]), f"replay_{key}"

@@ -164,12 +164,13 @@ def mixing_cap(case: Case, knowledge: Knowledge) -> Values:
 
 
 def replay_mix(case: Case, knowledge: Knowledge) -> Values:
-    """Old or general data is mixed in."""
+    """Old or general data is mixed in, or should be."""
     for stage in case.stages:
         share, _ = replay(stage.objective, case.situation, knowledge)
         if share:
             return {"detail": f"{share:.0%} of the training rows"}
-    return {} if case.situation.task_kind == "continual" else None
+    wanted = case.situation.wish("must_not_forget") or case.situation.task_kind == "continual"
+    return {} if wanted else None
 
 
 def forgetting(case: Case, knowledge: Knowledge) -> Values:

@@ -241,10 +241,11 @@ def test_storage_may_be_met_by_a_smaller_rank() -> None:
 
 
 def test_nothing_may_be_forgotten_rules_out_full_fine_tuning() -> None:
-    """A request for it is answered with LoRA and replay."""
+    """A request for it is answered with LoRA and the advice to mix in what must be kept."""
     made = plan(rows(count=12000), hardware=A100, must_not_forget=True, requested_method="full")
     assert (made.verdict, made.method) == ("change_plan", "lora")
-    assert made.stages[0].settings["replay_fraction"] == 0.1
+    assert "replay_mix" in {warning.code for warning in made.warnings}
+    assert "replay_fraction" not in made.stages[0].settings
 
 
 def test_tenants_share_a_base() -> None:
