@@ -28,6 +28,9 @@ class Question(Record, frozen=True, kw_only=True):
     text: str
     why: str
     kind: Literal["text", "path", "select", "confirm"]
+    hint: str = ""
+    """What may be answered, in one line."""
+
     default: str | bool = ""
     choices: tuple[Choice, ...] = ()
     required: bool = False
@@ -43,21 +46,24 @@ class Question(Record, frozen=True, kw_only=True):
 QUESTIONS: tuple[Question, ...] = (
     Question(
         key="hardware",
-        text="Which machine will train? (Enter: this one; or a name such as RTX 3060, 2x A100, none)",
+        text="Which machine will train?",
         why="Memory and number formats decide which methods fit.",
+        hint="Enter: this one; or a name such as RTX 3060, 2x A100, none.",
         kind="text",
     ),
     Question(
         key="data",
-        text="Where is your data? (file, folder or hub id; several with commas)",
+        text="Where is your data?",
         why="What the rows hold decides which training is possible at all.",
+        hint="A file, a folder or a hub id; several with commas.",
         kind="path",
         required=True,
     ),
     Question(
         key="goal",
-        text="What should the model do better afterwards? (your own words)",
+        text="What should the model do better afterwards?",
         why="Tone, facts, format or skill: each has another method, and some need none.",
+        hint="In your own words.",
         kind="text",
     ),
     Question(
@@ -90,8 +96,9 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     Question(
         key="model",
-        text="Which model? (auto: I choose one; or a hub id, a folder, starter)",
+        text="Which model?",
         why="A model you must use limits the methods; else the best that fits is chosen.",
+        hint="auto: I choose one; or a hub id, a folder, starter.",
         kind="text",
         default="auto",
     ),

@@ -82,6 +82,8 @@ def ask_all(
     while todo:
         question = todo[0]
         console.print(f"[quiet]{question.why}[/quiet]")
+        if question.hint:
+            console.print(f"[quiet]{question.hint}[/quiet]")
         try:
             given[question.key] = _ask(question, given.get(question.key, defaults.get(question.key)))
             show(question.key, given)
