@@ -407,6 +407,8 @@ class PlanWarning(Record, frozen=True, kw_only=True):
     message: str
     remedy: str
     source: str
+    handled: bool = False
+    """The plan and its program take care of it; nothing is left to do."""
 
 
 class Alternative(Record, frozen=True, kw_only=True):
@@ -696,6 +698,8 @@ class WarningFacts(Record, frozen=True, kw_only=True):
     remedy: str
     source: str
     checked: str
+    handled: bool = False
+    """What follows from it is always part of the plan, so that the person need not act."""
 
 
 class Failure(Record, frozen=True, kw_only=True):

@@ -26,7 +26,7 @@ from advisor.knowledge import load
 from advisor.plan import make_plan
 from advisor.resources import starter_dir
 from advisor.run.page import write_page
-from advisor.ui import render
+from advisor.ui import advice, render
 
 QUANTS = ("F16", "Q8_0", "Q4_K_M")
 MOST_BEFORE, LEAST_AFTER = 0.10, 0.80
@@ -95,7 +95,7 @@ def demo(out: Path | None, *, as_json: bool) -> None:
     made = make_plan(scenario, load())
     if not as_json:
         print_text(
-            render.hardware(scenario.hardware), *map(render.dataset, scenario.datasets), render.plan(made)
+            render.hardware(scenario.hardware), *map(render.dataset, scenario.datasets), advice.plan(made)
         )
     require_trainable(made, scenario)
     folder = write_plan(made, out, datetime.now())

@@ -33,6 +33,6 @@ def explain(topic: str, *, as_json: bool) -> None:
     if as_json:
         print_json(ExplainAnswer(explanation=found))
         return
-    from advisor.ui import render
+    from advisor.ui import advice, render
 
-    print_text(render.plan(found) if isinstance(found, Plan) else render.explanation(found))
+    print_text(advice.plan(found, expert=True) if isinstance(found, Plan) else render.explanation(found))

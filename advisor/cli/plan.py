@@ -20,15 +20,16 @@ from advisor.types import Plan, Scenario
 @click.command()
 @options.planning
 @click.option("--dry-run", is_flag=True, help="Only show the plan; write nothing.")
+@click.option("--expert", is_flag=True, help="Show every setting and every candidate.")
 @options.as_json
-def plan(out: Path | None, *, dry_run: bool, as_json: bool, **wish: Any) -> None:
+def plan(out: Path | None, *, dry_run: bool, expert: bool, as_json: bool, **wish: Any) -> None:
     """Recommend a method for your data and machine, say why, and write a run folder."""
     inputs = options.inputs_of(out=out, **wish)
     knowledge = load()
     case = declared(inputs, knowledge) if inputs.scenario else _probed(inputs, knowledge, quiet=as_json)
     made = make_plan(case, knowledge)
     if not as_json:
-        _show(made)
+        _show(made, expert=expert)
     if not dry_run:
         require_data(case)
         require_trainable(made, case)
@@ -46,7 +47,7 @@ def _probed(inputs: Inputs, knowledge: Knowledge, *, quiet: bool) -> Scenario:
     return gather(inputs, knowledge, notifier(quiet=quiet))
 
 
-def _show(made: Plan) -> None:
-    from advisor.ui.render import plan as draw
+def _show(made: Plan, *, expert: bool) -> None:
+    from advisor.ui.advice import plan as draw
 
-    print_text(draw(made))
+    print_text(draw(made, expert=expert))

@@ -53,6 +53,7 @@ def _warning(code: str, values: dict[str, Any], knowledge: Knowledge) -> PlanWar
     return PlanWarning(
         code=code, severity=values.get("severity", facts.severity), message=message,
         remedy=facts.remedy.format_map(filled), source=facts.source,
+        handled=values.get("handled", facts.handled),
     )  # fmt: skip
 
 
@@ -70,5 +71,5 @@ def _common(case: Case) -> dict[str, Any]:
         "parameters": format_count(case.spec.parameters) if case.spec else "",
         "licence": (case.spec.licence or "unknown") if case.spec else "",
         "quant": case.export.quant if case.export else "",
-        "family": case.spec.family if case.spec else "",
+        "family": case.spec.family if case.spec else "", "shorter": max(1, case.longest() // 2),
     }  # fmt: skip

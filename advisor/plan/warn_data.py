@@ -73,6 +73,7 @@ def chat_template(case: Case, knowledge: Knowledge) -> Values:
         return {
             "severity": "must",
             "detail": "the rows are written in several templates; bring them into one",
+            "handled": False,
         }
     return {} if set(case.objectives) - {"cpt"} and case.tuner != "classifier_head" else None
 
@@ -84,7 +85,13 @@ def eos_pad(case: Case, knowledge: Knowledge) -> Values:
 
 def mask_loss(case: Case, knowledge: Knowledge) -> Values:
     """SFT on rows that hold questions and answers."""
-    return {} if "sft" in case.objectives and case.tuner != "classifier_head" else None
+    if "sft" not in case.objectives or case.tuner == "classifier_head":
+        return None
+    return (
+        {}
+        if all(stage.settings.get("loss_on", "assistant") == "assistant" for stage in case.stages)
+        else {"handled": False}
+    )
 
 
 def tools_column(case: Case, knowledge: Knowledge) -> Values:
@@ -101,10 +108,11 @@ def truncation(case: Case, knowledge: Knowledge) -> Values:
         named = [d for d in case.situation.train if d.name in stage.datasets]
         known = [n for d in named if (n := d.max_tokens or d.p95_tokens)]
         if known and max(known) > length:
-            return {"tokens": f"{length:,}", "severity": "must"}
-        means = [d.mean_tokens for d in named if d.mean_tokens]
-        if means and max(means) * limit(knowledge, "data", "lengths", "p95_over_mean") > length:
-            return {"tokens": f"{length:,}"}
+            return {"tokens": f"{length:,}", "needed": max(known), "severity": "must"}
+        means = [d.mean_tokens for d in named if d.mean_tokens and not (d.max_tokens or d.p95_tokens)]
+        likely = max(means, default=0) * limit(knowledge, "data", "lengths", "p95_over_mean")
+        if likely > length:
+            return {"tokens": f"{length:,}", "needed": int(likely)}
     return None
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.panel import Panel
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +17,6 @@ from rich.text import Text
 from advisor.run.folder import RunState
 from advisor.types import (
     Band,
-    Candidate,
     DatasetProfile,
     Explanation,
     Export,
@@ -26,10 +24,7 @@ from advisor.types import (
     Hardware,
     MemoryEstimate,
     ModelSpec,
-    Plan,
-    PlanWarning,
     RunReport,
-    Stage,
     Verification,
 )
 from advisor.units import format_bytes, format_count, format_seconds
@@ -46,7 +41,7 @@ MARKS = {
 }
 
 
-def _pairs(rows: Iterable[tuple[str, RenderableType]]) -> Table:
+def pairs(rows: Iterable[tuple[str, RenderableType]]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="key", no_wrap=True)
     table.add_column(overflow="fold")
@@ -55,7 +50,7 @@ def _pairs(rows: Iterable[tuple[str, RenderableType]]) -> Table:
     return table
 
 
-def _columns(*headers: str, title: str | None = None, right: Sequence[str] = ()) -> Table:
+def columns(*headers: str, title: str | None = None, right: Sequence[str] = ()) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="head", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
@@ -66,7 +61,16 @@ def _columns(*headers: str, title: str | None = None, right: Sequence[str] = ())
     return table
 
 
-def _mark(word: str) -> Text:
+def bullets(lines: Iterable[str]) -> RenderableType:
+    table = Table.grid(padding=(0, 1))
+    table.add_column(width=1)
+    table.add_column(overflow="fold")
+    for line in lines:
+        table.add_row("-", line)
+    return table
+
+
+def mark(word: str) -> Text:
     style, text = MARKS[word]
     return Text(text, style=style)
 
@@ -84,7 +88,7 @@ def band_of_seconds(band: Band) -> str:
 def findings(items: Iterable[Finding]) -> RenderableType:
     """Draw findings, the most serious first; each with where and what to do."""
     order = {"error": 0, "warning": 1, "info": 2}
-    table = _columns("", "", title=None)
+    table = columns("", "", title=None)
     table.show_header = False
     for item in sorted(items, key=lambda finding: order[finding.severity]):
         text = Text(item.message)
@@ -92,7 +96,7 @@ def findings(items: Iterable[Finding]) -> RenderableType:
             text.append(f"\n{', '.join(item.examples)}", style="quiet")
         if item.remedy:
             text.append(f"\n-> {item.remedy}", style="key")
-        table.add_row(_mark(item.severity), text)
+        table.add_row(mark(item.severity), text)
     return table if table.row_count else Text("Nothing to mend.", style="good")
 
 
@@ -113,7 +117,7 @@ def hardware(machine: Hardware) -> RenderableType:
     rows += [(f"Disk, {v.role}", f"{format_bytes(v.free_bytes)} free at {v.path}") for v in machine.volumes]
     parts: list[RenderableType] = [
         Rule(f"Machine ({machine.origin})", align="left", style="quiet"),
-        _pairs(rows),
+        pairs(rows),
     ]
     if machine.findings:
         parts.append(findings(machine.findings))
@@ -143,7 +147,7 @@ def dataset(profile: DatasetProfile) -> RenderableType:
     if profile.duplicate_fraction is not None:
         rows.append(("Duplicates", f"{profile.duplicate_fraction:.1%}"))
     title = f"Data: {profile.name} ({profile.origin})"
-    body: list[RenderableType] = [Rule(title, align="left", style="quiet"), _pairs(rows)]
+    body: list[RenderableType] = [Rule(title, align="left", style="quiet"), pairs(rows)]
     if profile.findings:
         body.append(findings(profile.findings))
     return Group(*body)
@@ -153,131 +157,9 @@ def _token_points(profile: DatasetProfile) -> list[tuple[str, int | None]]:
     return [("median", profile.p50_tokens), ("95%", profile.p95_tokens), ("longest", profile.max_tokens)]
 
 
-def plan(made: Plan, *, expert: bool = False) -> RenderableType:
-    """Draw a plan: the advice, the settings with reasons, risks, what was rejected and why."""
-    parts: list[RenderableType] = [_headline(made)]
-    if made.assumptions:
-        parts += [Rule("Understood", align="left", style="quiet"), _bullets(made.assumptions)]
-    for number, stage in enumerate(made.stages, start=1):
-        parts.append(_stage(stage, number, len(made.stages), expert=expert))
-    if made.export:
-        parts += [Rule("Afterwards", align="left", style="quiet"), _export_line(made)]
-    if made.warnings:
-        parts += [Rule("Risks", align="left", style="quiet"), _warnings(made.warnings)]
-    parts += [Rule("Considered", align="left", style="quiet"), candidates(made.candidates, expert=expert)]
-    if made.alternatives:
-        lines = tuple(item.message for item in made.alternatives)
-        parts += [Rule("You could also", align="left", style="quiet"), _bullets(lines)]
-    return Group(*parts)
-
-
-def _headline(made: Plan) -> RenderableType:
-    titles = {
-        "train": "Advice: train",
-        "dont_train_yet": "Advice: do not train yet",
-        "fix_data_first": "Advice: mend the data first",
-        "change_plan": "Advice: change the plan",
-        "change_model": "Advice: change the model",
-        "export_only": "Advice: only export",
-    }
-    return Panel(Text(made.summary), title=titles[made.verdict], title_align="left", border_style="head")
-
-
-def _bullets(lines: Iterable[str]) -> RenderableType:
-    table = Table.grid(padding=(0, 1))
-    table.add_column(width=1)
-    table.add_column(overflow="fold")
-    for line in lines:
-        table.add_row("-", line)
-    return table
-
-
-def _stage(stage: Stage, number: int, total: int, *, expert: bool) -> RenderableType:
-    title = f"Stage {number} of {total}: {stage.objective}" if total > 1 else f"Training: {stage.objective}"
-    table = _columns("Setting", "Value", "Why")
-    for name, value in stage.settings.items():
-        why = stage.why.get(name)
-        if not expert and why is None:
-            continue
-        reason = Text(why.reason if why else "")
-        if why:
-            reason.append(f" [{why.source}]", style="quiet")
-        table.add_row(Text(name, style="key"), _value(value), reason)
-    cost = stage.estimate
-    costs: list[tuple[str, RenderableType]] = [
-        ("Memory, estimated", f"{band_of_bytes(cost.peak_bytes)}, peak in the {cost.phase or 'step'} phase"),
-        ("Time, estimated", band_of_seconds(cost.seconds)),
-        ("Disk, estimated", format_bytes(cost.disk_bytes)),
-    ]
-    if cost.trainable_parameters:
-        costs.append(("Trained weights", format_count(cost.trainable_parameters)))
-    return Group(Rule(title, align="left", style="quiet"), _pairs(costs), table)
-
-
-def _value(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item:g}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(value)
-    return str(value)
-
-
-def _export_line(made: Plan) -> RenderableType:
-    target = made.export
-    if target is None:
-        return Text("")
-    if not target.feasible:
-        return Text(f"Cannot become a {target.format} file: {target.reason}", style="warn")
-    size = format_bytes(target.file_bytes)
-    return Text(
-        f"{target.format} {target.quant}, about {size}, by route {target.route}. {target.reason}".strip()
-    )
-
-
-def _warnings(items: Iterable[PlanWarning]) -> RenderableType:
-    table = _columns("", "")
-    table.show_header = False
-    for item in sorted(items, key=lambda warning: warning.severity):
-        text = Text(item.message)
-        text.append(f" [{item.source}]", style="quiet")
-        text.append(f"\n-> {item.remedy}", style="key")
-        table.add_row(_mark(item.severity), text)
-    return table
-
-
-def candidates(items: Sequence[Candidate], *, expert: bool = False, best: int = 3) -> RenderableType:
-    """Draw what was considered: the best few with their reasons, then one line for each way rejected."""
-    kept = [item for item in items if item.verdict != "rejected"]
-    rejected = [item for item in items if item.verdict == "rejected"]
-    table = _columns("", "Way", "Memory", "Reasons")
-    shown = kept if expert else kept[:best]
-    for item in [*shown, *(rejected if expert else _one_per_method(rejected, shown))]:
-        memory = format_bytes(item.peak_bytes.high) if item.peak_bytes else ""
-        words = [item.method, "+".join(item.objectives), item.model.rsplit("/", 1)[-1]]
-        way = " ".join(dict.fromkeys(filter(None, words)))
-        table.add_row(
-            _mark(item.verdict), way, memory, "; ".join(item.reasons if expert else item.reasons[:2])
-        )
-    return table
-
-
-def _one_per_method(rejected: Sequence[Candidate], shown: Sequence[Candidate]) -> list[Candidate]:
-    seen = {item.method for item in shown}
-    picked: list[Candidate] = []
-    for item in rejected:
-        if item.method not in seen:
-            seen.add(item.method)
-            picked.append(item)
-    return picked
-
-
 def estimate(spec: ModelSpec, found: MemoryEstimate) -> RenderableType:
     """Draw a memory estimate by part, the largest first."""
-    table = _columns("Part", "Bytes", "Formula", right=("Bytes",))
+    table = columns("Part", "Bytes", "Formula", right=("Bytes",))
     for part in sorted(found.parts, key=lambda item: -item.bytes):
         if part.bytes:
             formula = Text(part.formula)
@@ -290,9 +172,9 @@ def estimate(spec: ModelSpec, found: MemoryEstimate) -> RenderableType:
         ("allocated", band_of_bytes(found.allocated_bytes)),
         ("reserved", band_of_bytes(found.reserved_bytes)),
     ]
-    body: list[RenderableType] = [_pairs(rows), table]
+    body: list[RenderableType] = [pairs(rows), table]
     if found.notes:
-        body.append(_bullets(found.notes))
+        body.append(bullets(found.notes))
     return Group(*body)
 
 
@@ -325,28 +207,28 @@ def report(made: RunReport) -> RenderableType:
         rows.append(("Memory, measured", f"{format_bytes(made.measured_peak_bytes)}{predicted}"))
     rows += [("Result", f"{name}: {path}") for name, path in made.artefacts.items()]
     rows += [("Decision", text) for text in made.decisions]
-    return Group(Rule("Run", align="left", style="quiet"), _pairs(rows))
+    return Group(Rule("Run", align="left", style="quiet"), pairs(rows))
 
 
 def runs(states: Sequence[RunState]) -> RenderableType:
     """Draw run folders, one line each; a single one with its files."""
     if not states:
         return Text("No run folder here. Next: ftadvisor plan --data FILE")
-    table = _columns("Folder", "Method", "State", "Steps", "Loss", right=("Steps", "Loss"))
+    table = columns("Folder", "Method", "State", "Steps", "Loss", right=("Steps", "Loss"))
     for state in states:
         steps = f"{state.steps}/{state.steps_planned}" if state.steps_planned is not None else ""
         loss = f"{state.last_loss:.3f}" if state.last_loss is not None else ""
         method = f"{state.method} {'+'.join(state.objectives)}"
         table.add_row(Text(state.folder, style="key"), method, state.status, steps, loss)
     files = [file for state in states for file in state.gguf_files] if len(states) == 1 else []
-    return Group(table, _bullets(files)) if files else table
+    return Group(table, bullets(files)) if files else table
 
 
 def verification(proof: Verification) -> RenderableType:
     """Draw a proof: one line a check, with what was measured and the bound."""
     verdict = Text("PROVED", style="good") if proof.passed else Text("FAILED", style="bad")
     title = Text.assemble(verdict, f": {Path(proof.gguf).name} against {proof.against}")
-    table = _columns("Check", "", "Evidence")
+    table = columns("Check", "", "Evidence")
     for check in proof.checks:
         mark = Text("pass", style="good") if check.passed else Text("FAIL", style="bad")
         table.add_row(Text(check.name, style="key"), mark, check.evidence)
@@ -368,7 +250,7 @@ def side_by_side(rows: Iterable[tuple[str, str, str]]) -> RenderableType:
 def export(made: Export, proofs: Sequence[Verification]) -> RenderableType:
     """Draw the files of an export and their proofs."""
     by_name = {proof.gguf: proof for proof in proofs}
-    table = _columns("File", "Size", "Bits", "Proof", right=("Size", "Bits"))
+    table = columns("File", "Size", "Bits", "Proof", right=("Size", "Bits"))
     for file in made.files:
         proof = by_name.get(file.path)
         state = Text("not checked", style="quiet")
@@ -378,7 +260,7 @@ def export(made: Export, proofs: Sequence[Verification]) -> RenderableType:
         table.add_row(file.path, format_bytes(file.bytes), bits, state)
     body: list[RenderableType] = [Rule("Export", align="left", style="quiet"), table]
     if made.notes:
-        body.append(_bullets(made.notes))
+        body.append(bullets(made.notes))
     body += [verification(proof) for proof in proofs]
     return Group(*body)
 
@@ -389,7 +271,7 @@ def explanation(found: Explanation) -> RenderableType:
     if found.exact:
         body += [Text(""), Text(found.exact)]
     if found.facts:
-        body += [Text(""), _pairs(found.facts)]
+        body += [Text(""), pairs(found.facts)]
     if found.sources:
-        body += [Text(""), _bullets(f"{source.title}: {source.reference}" for source in found.sources)]
+        body += [Text(""), bullets(f"{source.title}: {source.reference}" for source in found.sources)]
     return Group(*body)

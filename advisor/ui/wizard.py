@@ -19,7 +19,7 @@ from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from advisor.errors import AdvisorError, UsageError
 from advisor.storage import encode_yaml, read_yaml, write_atomic
 from advisor.types import Plan
-from advisor.ui import render
+from advisor.ui import advice
 from advisor.ui.console import make_console
 from advisor.ui.questions import QUESTIONS, Answer, Question, check_answers, command_of, inputs_from, missing
 
@@ -134,7 +134,7 @@ def decide(plan: Plan, answers: dict[str, Answer]) -> Decision:
 def show_plan(plan: Plan, answers: dict[str, Answer], *, expert: bool) -> None:
     """Print the plan and the command that makes the same one without the wizard."""
     console = make_console()
-    console.print(render.plan(plan, expert=expert))
+    console.print(advice.plan(plan, expert=expert))
     console.print("\nThe same without the wizard:")
     console.print(
         f"  {shlex.join(command_of(inputs_from(answers)))}", style="key", markup=False, soft_wrap=True
