@@ -154,7 +154,7 @@ def _way(item: Candidate) -> str:
 def _by_reason(rejected: Sequence[Candidate], kept: Sequence[Candidate]) -> dict[str, list[str]]:
     """Return first reason -> methods: each method once, about the chosen model where it was tried with it."""
     model = kept[0].model if kept else ""
-    seen = {item.method for item in kept}
+    seen = {item.method for item in kept if item.model == model}
     found: dict[str, list[str]] = {}
     for item in sorted(rejected, key=lambda candidate: candidate.model not in ("", model)):
         if item.method not in seen and item.reasons:
