@@ -147,4 +147,6 @@ def nearest(given: str, names: Iterable[str], limit: int = 2) -> list[str]:
     """Return up to `limit` names that look like `given`, the nearest first, ignoring case and dashes."""
     plain = {n.lower().replace("_", "-").replace(" ", "-"): n for n in names}
     key = given.lower().replace("_", "-").replace(" ", "-")
-    return [plain[m] for m in difflib.get_close_matches(key, list(plain), n=limit, cutoff=0.6)]
+    close = difflib.get_close_matches(key, list(plain), n=3 * limit, cutoff=0.6)
+    swapped_first = sorted(close, key=lambda name: sorted(name) != sorted(key))
+    return [plain[name] for name in swapped_first[:limit]]

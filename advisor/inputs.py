@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from advisor.errors import DataError, UsageError
+from advisor.errors import DataError, ModelError, UsageError
 from advisor.knowledge import Knowledge
 from advisor.scenario import decode_scenario
 from advisor.storage import read_yaml
@@ -75,7 +75,12 @@ def declared(inputs: Inputs, knowledge: Knowledge) -> Scenario:
             "--scenario declares hardware, model and data; --hardware, --model and --data cannot be added.",
             "Put them into the scenario file, or leave --scenario away.",
         )
-    scenario = decode_scenario(read_yaml(Path(str(inputs.scenario)), error=UsageError), knowledge)
+    content = read_yaml(
+        Path(str(inputs.scenario)),
+        error=UsageError,
+        remedy="Check the path of --scenario and the YAML in it.",
+    )
+    scenario = decode_scenario(content, knowledge)
     goal = scenario.goal
     changes: dict[str, Any] = {"force": inputs.force or goal.force}
     if inputs.method:
@@ -89,12 +94,16 @@ def declared(inputs: Inputs, knowledge: Knowledge) -> Scenario:
     )
 
 
-def require_data(scenario: Scenario) -> None:
-    """Refuse to write a run folder without training data.
+def require_files(scenario: Scenario) -> None:
+    """Refuse to write a run folder without training data or with a model folder that lacks a part.
 
     Raises:
         DataError: there is no dataset, or one was only declared.
+        ModelError: the model cannot be loaded as it lies there.
     """
+    for finding in scenario.spec.findings if scenario.spec else ():
+        if finding.severity == "error":
+            raise ModelError(f"{scenario.model}: {finding.message}", finding.remedy or "", code=finding.code)
     if not scenario.datasets:
         raise DataError("No training data was given.", "Add --data FILE, or look only: --dry-run")
     declared = [profile.name for profile in scenario.datasets if profile.path is None]

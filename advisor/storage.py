@@ -97,7 +97,7 @@ def read_yaml(path: Path, *, error: type[AdvisorError] = InputError, remedy: str
     except OSError as problem:
         raise error(f"Cannot read {path}: {problem.strerror or problem}.", remedy) from problem
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise error(f"{path} is not valid YAML: {problem}", remedy) from problem
+        raise error(f"{path} is not valid YAML: {' '.join(str(problem).split())}", remedy) from problem
 
 
 def file_sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ import click
 from advisor.cli import options
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.cli.planning import require_trainable, write_plan
-from advisor.inputs import Inputs, declared, require_data
+from advisor.inputs import Inputs, declared, require_files
 from advisor.knowledge import Knowledge, load
 from advisor.plan import make_plan
 from advisor.types import Plan, Scenario
@@ -31,7 +31,7 @@ def plan(out: Path | None, *, dry_run: bool, expert: bool, as_json: bool, **wish
     if not as_json:
         _show(made, expert=expert)
     if not dry_run:
-        require_data(case)
+        require_files(case)
         require_trainable(made, case)
         folder = write_plan(made, out, datetime.now())
         if not as_json:

@@ -14,7 +14,7 @@ from advisor.cli.output import notifier, print_json, print_text
 from advisor.cli.planning import write_plan
 from advisor.cli.run import train
 from advisor.errors import UsageError
-from advisor.inputs import require_data
+from advisor.inputs import require_files
 from advisor.intake import gather, hardware_of, profiles_of
 from advisor.knowledge import Knowledge, load
 from advisor.plan import make_plan
@@ -93,7 +93,7 @@ def _replay(
     inputs = msgspec.structs.replace(inputs_from(given), offline=offline)
     scenario = gather(inputs, knowledge, notifier(quiet=as_json))
     made = make_plan(scenario, knowledge)
-    require_data(scenario)
+    require_files(scenario)
     folder = write_plan(made, out, datetime.now()) if made.stages and made.verdict == "train" else None
     if as_json:
         print_json(WizardAnswer(folder=str(folder) if folder else None, plan=made))

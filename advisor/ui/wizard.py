@@ -36,7 +36,10 @@ class _Back(Exception):
 
 def load_answers(file: Path | None) -> dict[str, Answer]:
     """Return the answers of `--answers FILE`; none when there is no file."""
-    return {} if file is None else check_answers(read_yaml(file, error=UsageError), str(file))
+    if file is None:
+        return {}
+    remedy = "Check the path of --answers and the YAML in it."
+    return check_answers(read_yaml(file, error=UsageError, remedy=remedy), str(file))
 
 
 def require_terminal(answers: dict[str, Answer]) -> bool:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import gguf
 import pytest
 
 from advisor.resources import starter_dir
@@ -145,6 +146,12 @@ def test_qlora_on_cpu_from_alpaca_rows_to_an_answer(tmp_path: Path) -> None:
     assert said["answers"][file["path"]]
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether a GGUF has its final name and all of its last tensor."""
+    last = gguf.GGUFReader(file).tensors[-1]
+    return file.suffix == ".gguf" and file.stat().st_size >= last.data_offset + last.n_bytes
+
+
 @pytest.mark.parametrize("stage", ["plan", "export", "verify", "chat"])
 def test_ctrl_c_in_each_stage(demo: tuple[Path, dict[str, object]], tmp_path: Path, stage: str) -> None:
     """Ctrl-C ends with 130, without a traceback and without a half file; what was there stays usable."""
@@ -179,7 +186,7 @@ def test_ctrl_c_in_each_stage(demo: tuple[Path, dict[str, object]], tmp_path: Pa
     assert process.returncode in (0, 130), errors
     assert "Traceback" not in errors
     if process.returncode == 130:
-        assert not list(tmp_path.glob("out/*.gguf"))
+        assert all(_is_whole(file) for file in tmp_path.glob("out/*"))
         assert not (tmp_path / "run").exists()
     assert Path(gguf).stat().st_size > 0
 
