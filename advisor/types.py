@@ -477,6 +477,8 @@ class RecipeModel(Record, frozen=True, kw_only=True):
     id: str
     path: str | None = None
     revision: str | None = None
+    after: str | None = None
+    """Folder of the stage whose result this one begins with, relative to the run folder."""
 
 
 class Recipe(Record, frozen=True, kw_only=True):
