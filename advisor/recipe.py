@@ -62,7 +62,7 @@ def _recipe(stage: Stage, plan: Plan, model: PlanModel, packages: Mapping[str, s
 def _dataset(profile: DatasetProfile) -> RecipeDataset:
     return RecipeDataset(
         name=profile.name, path=profile.path or "", kind=profile.kind, sha256=profile.sha256,
-        mapping=profile.mapping, format=profile.format,
+        mapping=profile.mapping, format=profile.format, role=profile.role,
     )  # fmt: skip
 
 

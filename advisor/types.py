@@ -469,6 +469,8 @@ class RecipeDataset(Record, frozen=True, kw_only=True):
     sha256: str | None = None
     mapping: dict[str, str] = {}
     format: str | None = None
+    role: Literal["train", "earlier_task"] = "train"
+    """`earlier_task`: replayed in the share `replay_fraction`, and always measured."""
 
 
 class RecipeModel(Record, frozen=True, kw_only=True):

@@ -5,18 +5,24 @@ Goes in: a folder and what differs. Comes out: a folder that `run_plan` accepts.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from advisor.resources import recipes_dir
+from advisor.run.events import read_events
 from advisor.run.supervisor import run_plan
-from advisor.storage import encode_yaml, write_atomic
-from advisor.types import Recipe, RecipeDataset, RecipeModel, RunReport, Value
+from advisor.storage import encode_yaml, read_record, write_atomic
+from advisor.types import Objective, Recipe, RecipeDataset, RecipeModel, RunReport, Value
 
 COLOURS = ("red", "blue", "green", "white", "black", "brown")
 THINGS = ("door", "boat", "cup", "hill", "lamp", "coat", "bread")
-WEIGHT_BITS = {"full": 32, "lora": 16, "qlora": 4}
+WEIGHT_BITS = {"lora": 16, "qlora": 4}
 SETTINGS: dict[str, Value] = {
     "learning_rate": 5e-3, "epochs": 1.0, "max_steps": 10, "micro_batch": 4, "effective_batch": 8,
     "max_seq_len": 128,
@@ -47,14 +53,18 @@ def write_rows(path: Path, content: list[dict[str, Any]]) -> Path:
 
 
 def make_run(
-    folder: Path, *, tuner: str, model: Path, data: Path, kind: str = "instruction", **settings: Value
-) -> Path:
+    folder: Path, *, tuner: str, model: Path, data: Path, kind: str = "instruction",
+    objective: Objective = "sft", **settings: Value,
+) -> Path:  # fmt: skip
     """Write a run folder with a recipe for the tiny model."""
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = {**SETTINGS, **({} if tuner == "full" else LORA), "weight_bits": WEIGHT_BITS[tuner], **settings}
+    low_rank = LORA if tuner in WEIGHT_BITS else {}
+    chosen = {**SETTINGS, **low_rank, "weight_bits": WEIGHT_BITS.get(tuner, 32), **settings}
+    if objective != "sft":
+        del chosen["loss_on"]
     recipe = Recipe(
-        program="sft",
-        objective="sft",
+        program=objective,
+        objective=objective,
         tuner=tuner,
         model=RecipeModel(id="tiny", path=str(model)),
         datasets=(RecipeDataset(name="data", path=str(data), kind=kind),),  # type: ignore[arg-type]
@@ -70,3 +80,33 @@ def run(
 ) -> RunReport:
     """Train a run folder through the supervisor, without network."""
     return run_plan(folder, resume=resume, on_event=on_event, offline=True)
+
+
+def run_here(folder: Path) -> int:
+    """Train a run folder in this process, which has the libraries loaded already; return the exit status.
+
+    The program is the shipped one; what the supervisor adds (locks, other processes) is left out.
+    """
+    from advisor.train.session import run_program
+
+    recipe = read_record(folder / "recipe.yaml", Recipe)
+    script = recipes_dir() / recipe.program / "train.py"
+    spec = importlib.util.spec_from_file_location(f"program_{recipe.program}", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.excepthook
+    try:
+        with contextlib.chdir(folder):
+            return run_program(module.train, Path("recipe.yaml"))
+    finally:
+        sys.excepthook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def events_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Return the events of one name of a run."""
+    return [event for event in read_events(folder / "events.jsonl") if event["event"] == name]

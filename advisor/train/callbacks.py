@@ -20,6 +20,20 @@ from advisor.train import checkpoints
 from advisor.train.memory import peak_memory
 from advisor.train.process import StopRequest
 
+TOLD = {
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "margin": "margin",
+    "accuracy": "accuracy",
+    "kl": "kl",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "completions/mean_length": "completion_tokens",
+}
+"""What the trainers log beside the loss -> its name in a step event."""
+
 
 class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
     """Writes an event for each step and checkpoint."""
@@ -31,13 +45,13 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         *,
         recipe_sha256: str,
         keep_checkpoints: int,
-        heldout_loss: Callable[[], float | None],
+        measure: Callable[[], dict[str, Any]],
     ) -> None:
         self._events = events
         self._stop = stop
         self._recipe_sha256 = recipe_sha256
         self._keep = keep_checkpoints
-        self._heldout_loss = heldout_loss
+        self._measure = measure
         self._begin = self._begin_tokens = self._begin_step = 0.0
         self._saving_since = 0.0
 
@@ -81,6 +95,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             learning_rate=logs.get("learning_rate"),
             grad_norm=logs.get("grad_norm"),
             tokens=state.num_input_tokens_seen,
+            **{name: _number(logs[key]) for key, name in TOLD.items() if key in logs},
             **self._pace(state),
             **peak_memory(),
         )
@@ -108,11 +123,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             seconds=round(time.monotonic() - self._saving_since, 3),
         )
         if not self._stop.asked and state.global_step < state.max_steps:
-            loss = self._heldout_loss()
-            if loss is not None:
-                self._events.write(
-                    "heldout", when=f"at step {state.global_step}", step=state.global_step, loss=loss
-                )
+            found = self._measure()
+            if found.get("loss") is not None:
+                step = state.global_step
+                self._events.write("heldout", when=f"at step {step}", step=step, **found)
 
     def _pace(self, state: TrainerState) -> dict[str, float | None]:
         elapsed = time.monotonic() - self._begin
@@ -123,3 +137,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             "tokens_per_second": round((state.num_input_tokens_seen - self._begin_tokens) / elapsed, 1),
             "seconds_remaining": round(elapsed / done * (state.max_steps - state.global_step), 1),
         }
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -44,6 +44,7 @@ REASONS = {
     "template_refuses": "the chat template refuses the conversation",
     "nothing_trained": "no token of it is trained on",
     "mixing": "its dataset has more rows than its share of the mixture",
+    "replay": "more earlier data than the share to replay",
 }
 
 
@@ -102,8 +103,8 @@ class Prepared(Record, frozen=True, kw_only=True):
 
     train: Any
     """datasets.Dataset with input_ids and labels."""
-    heldout: Any
-    """The same, or None."""
+    heldout: dict[str, Any]
+    """Rows that are not trained on, by dataset."""
     heldout_content: tuple[bytes, ...]
     """The conversations held out, each one JSON object with `messages` and `tools`."""
     account: Account
@@ -131,6 +132,10 @@ class _Tally:
         if len(self.examples.setdefault(reason, [])) < EXAMPLES:
             self.examples[reason].append(where)
 
+    def leave_out_many(self, reason: str, count: int) -> None:
+        if count:
+            self.left_out[reason] += count
+
 
 def prepare(
     datasets: tuple[RecipeDataset, ...],
@@ -144,7 +149,7 @@ def prepare(
         datasets: paths are absolute, or relative to the working folder.
         tokenizer: with the end token already settled.
         template: of that tokenizer.
-        settings: max_seq_len, loss_on, heldout_fraction and the two of mixing are read.
+        settings: max_seq_len, loss_on, heldout_fraction, replay_fraction and the two of mixing are read.
 
     Raises:
         DataError: a file cannot be read, or no row is left to train on; the message counts the reasons.
@@ -164,10 +169,20 @@ def prepare(
             else "Look at the rows: ftadvisor inspect FILE",
             code="no_supervised_tokens",
         )
-    heldout, train = split(rows, settings.heldout_fraction)
-    mixed = mix(train, cap=settings.mixing_cap, temperature=settings.mixing_temperature)
-    tally.left_out.update({"mixing": len(train) - len(mixed)} if len(mixed) < len(train) else {})
-    train = mixed
+    heldout, rest = split(rows, settings.heldout_fraction)
+    earlier = {one.name for one in datasets if one.role == "earlier_task"}
+    old = [row for row in rest if row.dataset in earlier]
+    new = mix(
+        [row for row in rest if row.dataset not in earlier],
+        cap=settings.mixing_cap,
+        temperature=settings.mixing_temperature,
+    )
+    replayed = replay(old, share=settings.replay_fraction, new_rows=len(new))
+    train = [*new, *replayed]
+    tally.leave_out_many("mixing", len(rest) - len(old) - len(new))
+    tally.leave_out_many("replay", len(old) - len(replayed))
+    if not train:
+        raise DataError("No row is left to train on.", "Give data of the new task: --data", code="no_rows")
     end = tokenizer.convert_tokens_to_ids(template.end)
     trained = [int((row.labels != IGNORED).sum()) for row in train]
     account = Account(
@@ -189,8 +204,8 @@ def prepare(
         sample=_sample(train[0], tokenizer),
     )
     return Prepared(
-        train=_dataset(train),
-        heldout=_dataset(heldout) if heldout else None,
+        train=table(train),
+        heldout=by_dataset(heldout),
         heldout_content=tuple(row.content for row in heldout),
         account=account,
     )
@@ -231,6 +246,26 @@ def mix(rows: list[Row], *, cap: int, temperature: float) -> list[Row]:
         for name, count in wanted.items()
     }
     return [row for row in rows if row.key in keys[row.dataset]]
+
+
+def replay(rows: list[Row], *, share: float, new_rows: int) -> list[Row]:
+    """Return so many earlier rows that they are `share` of all, every earlier dataset alike.
+
+    A dataset with fewer rows than its part leaves the rest to the others; rows are never repeated.
+    """
+    wanted = round(share / (1 - share) * new_rows)
+    queues = [
+        sorted((row for row in rows if row.dataset == name), key=lambda row: row.key)
+        for name in sorted({row.dataset for row in rows})
+    ]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*queues))
+    return list(itertools.islice((row for row in turns if row is not None), wanted))
+
+
+def by_dataset(rows: list[Row]) -> dict[str, Dataset]:
+    """Return rows as tables, one for each dataset."""
+    names = dict.fromkeys(row.dataset for row in rows)
+    return {name: table([row for row in rows if row.dataset == name]) for name in names}
 
 
 def _rendered(datasets: tuple[RecipeDataset, ...], template: Template, tally: _Tally) -> Iterator[_Item]:
@@ -348,7 +383,8 @@ def _told(left_out: Mapping[str, int], examples: Mapping[str, list[str]]) -> str
     )
 
 
-def _dataset(rows: list[Row]) -> Dataset:
+def table(rows: list[Row]) -> Dataset:
+    """Return rows as the trainer takes them."""
     return Dataset.from_dict(
         {"input_ids": [row.tokens for row in rows], "labels": [row.labels for row in rows]}
     )

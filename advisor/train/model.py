@@ -6,10 +6,14 @@ embedding."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -18,7 +22,7 @@ from transformers import (
 
 from advisor.errors import ModelError
 from advisor.resources import starter_dir
-from advisor.train.settings import SftSettings
+from advisor.train.settings import Settings
 from advisor.types import RecipeModel, Record
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,10 +41,20 @@ class Ending(Record, frozen=True, kw_only=True):
 
 
 def model_place(model: RecipeModel) -> str:
-    """Return the folder or hub id to load from; `starter` is the embedded model."""
+    """Return the folder or hub id to load weights from; `starter` is the embedded model, and a stage that
+    follows a fully tuned one begins with its weights."""
+    if model.after is not None and (Path(model.after) / "model").is_dir():
+        return str(Path(model.after) / "model")
     if "starter" in (model.path, model.id):
         return str(starter_dir())
     return model.path or model.id
+
+
+def start_adapter(model: RecipeModel) -> Path | None:
+    """Return the adapter of the earlier stage that this one goes on with."""
+    if model.after is None or not (Path(model.after) / "adapter").is_dir():
+        return None
+    return Path(model.after) / "adapter"
 
 
 def load_tokenizer(model: RecipeModel) -> PreTrainedTokenizerBase:
@@ -50,7 +64,8 @@ def load_tokenizer(model: RecipeModel) -> PreTrainedTokenizerBase:
         ModelError: its files are missing or unusable.
     """
     try:
-        return AutoTokenizer.from_pretrained(model_place(model), revision=model.revision)
+        place = start_adapter(model) or model_place(model)
+        return AutoTokenizer.from_pretrained(place, revision=model.revision)
     except (OSError, ValueError) as problem:
         raise ModelError(
             f"The tokenizer of {model.id} cannot be loaded: {first_line(problem)}",
@@ -58,18 +73,30 @@ def load_tokenizer(model: RecipeModel) -> PreTrainedTokenizerBase:
         ) from problem
 
 
-def load_model(model: RecipeModel, settings: SftSettings) -> PreTrainedModel:
+def load_model(
+    model: RecipeModel, settings: Settings, *, biases: bool = False, labels: int = 0
+) -> PreTrainedModel:
     """Load the base with the weights as `weight_bits` says: 4 as NF4, 16 in the 16-bit format of `precision`,
     32 as fp32.
+
+    Args:
+        model: of the recipe.
+        settings: of the recipe.
+        biases: add biases of zero to a family that has a place for them everywhere, and none of its own.
+        labels: with this many outputs instead of a vocabulary; 0: a language model.
 
     Raises:
         ModelError: its files are missing or unusable, or the architecture is unknown.
     """
     place, cuda = model_place(model), torch.cuda.is_available()
     quantisation = _nf4(settings) if settings.weight_bits == 4 else None
+    kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    more: dict[str, Any] = {"num_labels": labels} if labels else {}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = kind.from_pretrained(
             place,
+            **more,
+            **(_bias_switches(model) if biases else {}),
             revision=model.revision,
             dtype=base_dtype(settings),
             attn_implementation=ATTENTION[settings.attention],
@@ -87,6 +114,13 @@ def load_model(model: RecipeModel, settings: SftSettings) -> PreTrainedModel:
     return loaded
 
 
+def _bias_switches(model: RecipeModel) -> dict[str, bool]:
+    """Return what switches biases on in every linear layer, where the family knows both switches."""
+    config = AutoConfig.from_pretrained(model_place(model), revision=model.revision).to_dict()
+    names = ("attention_bias", "mlp_bias")
+    return dict.fromkeys(names, True) if all(config.get(name) is False for name in names) else {}
+
+
 def keep_trainable_on_cpu(model: PreTrainedModel) -> None:
     """Keep 4-bit layers on CPU in the layout that gradients pass through.
 
@@ -100,14 +134,14 @@ def keep_trainable_on_cpu(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def base_dtype(settings: SftSettings) -> torch.dtype:
+def base_dtype(settings: Settings) -> torch.dtype:
     """Return the number format in which weights that are not quantised are held."""
     if settings.weight_bits == 32:
         return torch.float32
     return torch.float16 if settings.precision == "fp16" else torch.bfloat16
 
 
-def _nf4(settings: SftSettings) -> BitsAndBytesConfig:
+def _nf4(settings: Settings) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -12,13 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from transformers import PreTrainedTokenizerBase
 
+from advisor.train import bottleneck
 from advisor.train.model import DTYPES, model_place
-from advisor.train.settings import SftSettings
+from advisor.train.settings import Settings
+from advisor.train.tuners import INITIAL
 from advisor.types import Recipe, Record
 
 PARTIAL = Path(".partial")
+WHOLE = ("full", "bitfit")
+"""Tuners whose result is a whole model: all weights moved, or biases that belong to it."""
 
 
 class Saved(Record, frozen=True, kw_only=True):
@@ -26,16 +31,17 @@ class Saved(Record, frozen=True, kw_only=True):
 
     name: str
     bytes: int
-    heldout_loss: float | None
+    measured: dict[str, Any]
+    """On rows that were not trained on, with the weights as saved."""
 
 
 def save_result(
     trainer: Any,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
-    settings: SftSettings,
+    settings: Settings,
     *,
-    measure: Callable[[], float | None],
+    measure: Callable[[], dict[str, Any]],
 ) -> Saved:
     """Save the result into the working folder.
 
@@ -46,25 +52,50 @@ def save_result(
         tokenizer: saved beside the weights.
         recipe: names the base in the adapter's configuration.
         settings: of the recipe.
-        measure: returns the held-out loss.
+        measure: returns the held-out figures.
     """
-    full = recipe.tuner == "full"
+    whole = recipe.tuner in WHOLE
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.config.use_cache = True
-    if full:
+    if whole:
         model.to(DTYPES[settings.precision])
-    loss = measure()
+    measured = measure()
     shutil.rmtree(PARTIAL, ignore_errors=True)
-    if full:
+    if whole:
         model.save_pretrained(PARTIAL)
+    elif recipe.tuner == "adapter":
+        _save_bottleneck(model, recipe)
     else:
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = model_place(recipe.model)
-            config.revision = recipe.model.revision
-        model.save_pretrained(PARTIAL, save_embedding_layers=False)
+        _save_adapter(model, recipe)
     tokenizer.save_pretrained(PARTIAL)
     size = sum(path.stat().st_size for path in PARTIAL.rglob("*") if path.is_file())
-    return Saved(name=_publish("model" if full else "adapter"), bytes=size, heldout_loss=loss)
+    return Saved(name=_publish("model" if whole else "adapter"), bytes=size, measured=measured)
+
+
+def _save_adapter(model: Any, recipe: Recipe) -> None:
+    """Save the trained adapter in PEFT's format; one that changed the base weights becomes a plain LoRA on
+    the unchanged base."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = model_place(recipe.model)
+    config.revision = recipe.model.revision
+    changed_base = INITIAL.is_dir()
+    model.save_pretrained(
+        PARTIAL,
+        save_embedding_layers=False,
+        selected_adapters=["default"],
+        path_initial_model_for_weight_conversion=str(INITIAL) if changed_base else None,
+    )
+    if changed_base:
+        shutil.rmtree(INITIAL)
+
+
+def _save_bottleneck(model: Any, recipe: Recipe) -> None:
+    config = msgspec.structs.replace(
+        bottleneck.shape_of(model),
+        base_model_name_or_path=model_place(recipe.model),
+        revision=recipe.model.revision,
+    )
+    bottleneck.save(model, PARTIAL, config)
 
 
 def _publish(name: str) -> str:

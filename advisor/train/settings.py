@@ -1,20 +1,27 @@
-"""The settings of the SFT program as typed values; which combinations cannot work.
+"""The settings of the training programs as typed values; which combinations cannot work.
 
-Goes in: a recipe. Comes out: `SftSettings`. Never does: choose a value that the recipe states; a key that is
-left out takes the plain value given here, which recipes/sft/program.toml documents."""
+Goes in: a recipe. Comes out: the settings of its program. Never does: choose a value that the recipe states;
+a key that is left out takes the plain value given here, which the program's program.toml documents."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
 from advisor.errors import InputError, RefusedError
 from advisor.types import Recipe, Record
 
+LOW_RANK = ("lora", "qlora")
+VIRTUAL = ("prompt_tuning", "p_tuning", "prefix_tuning")
+PEFT_TUNERS = (*LOW_RANK, "ia3", "ln_tuning", *VIRTUAL)
+TUNERS = ("full", *PEFT_TUNERS, "bitfit", "adapter")
+AGAINST_REFERENCE = ("dpo", "kto", "rloo", "grpo")
+"""Objectives that compare the model with what it was: the adapter switched off."""
 
-class SftSettings(Record, frozen=True, kw_only=True):
-    """One field for each key of recipes/sft/program.toml."""
+
+class Settings(Record, frozen=True, kw_only=True):
+    """The keys that every program has."""
 
     learning_rate: float
     epochs: float = 1.0
@@ -34,10 +41,7 @@ class SftSettings(Record, frozen=True, kw_only=True):
     packing: bool = False
     attention: Literal["sdpa", "flash", "eager"] = "sdpa"
     loss: Literal["chunked", "full_logits"] = "chunked"
-    loss_on: Literal["assistant", "all"] = "assistant"
     heldout_fraction: float = 0.0
-    mixing_cap: int = 0
-    mixing_temperature: float = 1.0
     save_every_steps: int = 100
     keep_checkpoints: int = 2
     lora_r: int = 16
@@ -45,35 +49,64 @@ class SftSettings(Record, frozen=True, kw_only=True):
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    lora_init: Literal["default", "pissa"] = "default"
     target: str = "all-linear"
+    same_rank_for_all: bool = False
+    cpu_offload: bool = False
 
 
-def read_settings(recipe: Recipe, *, cuda: bool) -> SftSettings:
+class SftSettings(Settings, frozen=True, kw_only=True):
+    """One field for each key of recipes/sft/program.toml."""
+
+    loss_on: Literal["assistant", "all"] = "assistant"
+    mixing_cap: int = 0
+    mixing_temperature: float = 1.0
+    replay_fraction: float = 0.0
+    virtual_tokens: int = 20
+    init: Literal["text", "vocabulary", "random"] = "text"
+    init_text: str = "Answer the question exactly as the examples do."
+    bottleneck: int = 64
+    bottleneck_style: Literal["houlsby", "pfeiffer"] = "houlsby"
+
+
+SomeSettings = TypeVar("SomeSettings", bound=Settings)
+
+
+def read_settings(recipe: Recipe, kind: type[SomeSettings], *, cuda: bool) -> SomeSettings:
     """Return a recipe's settings, checked against each other and the device.
 
     Args:
-        recipe: a recipe of the program `sft`.
+        recipe: a recipe of the program that `kind` belongs to.
+        kind: the settings record of the program.
         cuda: whether an NVIDIA device will train.
 
     Raises:
         InputError: a key is unknown, missing or of the wrong type.
-        RefusedError: the combination cannot work.
+        RefusedError: the combination cannot work, or would silently give a wrong result.
     """
     try:
-        settings = msgspec.convert(recipe.settings, SftSettings)
+        settings = msgspec.convert(recipe.settings, kind)
     except msgspec.ValidationError as problem:
         raise InputError(
-            f"The settings of the recipe do not fit the program 'sft': {problem}.",
-            "Correct the recipe; the keys are listed in recipes/sft/program.toml.",
+            f"The settings of the recipe do not fit the program {recipe.program!r}: {problem}.",
+            f"Correct the recipe; the keys are listed in recipes/{recipe.program}/program.toml.",
         ) from problem
-    for wrong, message, remedy in _conflicts(recipe.tuner, settings, cuda=cuda):
+    conflicts = (
+        *_batches(settings),
+        *_formats(recipe.tuner, settings, cuda=cuda),
+        *_tuners(recipe.tuner, recipe.objective, settings),
+    )
+    for wrong, message, remedy in conflicts:
         if wrong:
             raise RefusedError(message, remedy)
     return settings
 
 
-def _conflicts(tuner: str, settings: SftSettings, *, cuda: bool) -> tuple[tuple[bool, str, str], ...]:
-    four_bits = settings.weight_bits == 4
+Conflict = tuple[bool, str, str]
+"""Whether it is there, what it is, what to do."""
+
+
+def _batches(settings: Settings) -> tuple[Conflict, ...]:
     return (
         (
             settings.effective_batch % settings.micro_batch != 0,
@@ -88,9 +121,19 @@ def _conflicts(tuner: str, settings: SftSettings, *, cuda: bool) -> tuple[tuple[
             "Set micro_batch: 1, or attention: flash, or packing: false.",
         ),
         (
-            four_bits != (tuner == "qlora"),
+            settings.packing and settings.attention == "eager",
+            "packing with eager attention lets packed rows see each other.",
+            "Set attention: sdpa, or packing: false.",
+        ),
+    )
+
+
+def _formats(tuner: str, settings: Settings, *, cuda: bool) -> tuple[Conflict, ...]:
+    return (
+        (
+            (settings.weight_bits == 4) != (tuner == "qlora"),
             f"weight_bits {settings.weight_bits} does not go with the tuner {tuner}.",
-            "4 bits belong to qlora; full and lora take 16 or 32.",
+            "4 bits belong to qlora; all others take 16 or 32.",
         ),
         (
             settings.precision == "fp16" and not cuda,
@@ -103,8 +146,46 @@ def _conflicts(tuner: str, settings: SftSettings, *, cuda: bool) -> tuple[tuple[
             "Set weight_bits: 32.",
         ),
         (
+            settings.precision == "fp32" and settings.weight_bits == 16 and tuner not in ("full", *LOW_RANK),
+            f"The tuner {tuner} trains 32-bit weights among 16-bit ones, which needs mixed precision.",
+            "Set precision: bf16, or weight_bits: 32.",
+        ),
+        (
             settings.attention == "flash" and not cuda,
             "attention flash needs an NVIDIA card.",
             "Set attention: sdpa.",
+        ),
+        (
+            settings.cpu_offload,
+            "Weights kept in the host's memory need sharded training, which this version does not run.",
+            "Plan without it: a smaller model, or --method qlora.",
+        ),
+    )
+
+
+def _tuners(tuner: str, objective: str, settings: Settings) -> tuple[Conflict, ...]:
+    return (
+        (
+            settings.packing and tuner in VIRTUAL,
+            f"packing puts the virtual tokens of {tuner} before the first of several rows only, so the "
+            "others would be trained without them.",
+            "Set packing: false.",
+        ),
+        (
+            settings.gradient_checkpointing and tuner == "prefix_tuning",
+            "prefix_tuning hands its prefix over in the cache, which gradient checkpointing takes away.",
+            "Set gradient_checkpointing: false.",
+        ),
+        (
+            settings.lora_init != "default" and (tuner != "lora" or settings.use_dora),
+            f"lora_init {settings.lora_init} changes the base weights; that goes with the tuner lora only, "
+            "on an unquantised base, and without use_dora.",
+            "Set lora_init: default.",
+        ),
+        (
+            settings.lora_init != "default" and objective in AGAINST_REFERENCE,
+            f"{objective} compares with the model without its adapter; lora_init {settings.lora_init} "
+            "changes that model.",
+            "Set lora_init: default.",
         ),
     )

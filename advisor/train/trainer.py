@@ -5,27 +5,32 @@ Goes in: tokenised rows with labels. Comes out: losses. Never does: tokenise, do
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel, PeftType
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from trl import SFTTrainer
 
 from advisor.train.model import DTYPES
-from advisor.train.settings import SftSettings
+from advisor.train.settings import Settings
 
 IGNORED = -100
 """Label of a token that is not trained on; torch's convention."""
 
 
+ENCODER = "prompt_encoder.safetensors"
+"""In a checkpoint of p-tuning: the network that writes the virtual tokens."""
 PAD_MULTIPLE = 32
 """Tokens. In bf16 on CPU every new row length makes the library compile and keep new kernels: over 150 steps
 of random lengths 1734 MiB and 24.6 CPU-seconds without, 889 MiB and 22.5 CPU-seconds with this padding (torch
 2.15)."""
 
 
-def pad_multiple(settings: SftSettings) -> int | None:
+def pad_multiple(settings: Settings) -> int | None:
     """Return the multiple to which rows are padded, or None where that gains nothing or is not possible."""
     on_cpu = not torch.accelerator.is_available()
     return PAD_MULTIPLE if on_cpu and settings.precision == "bf16" and not settings.packing else None
@@ -37,6 +42,8 @@ class AnswerTrainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     plain_loss = False
     """True: cross-entropy over logits instead of TRL's tiled head, which scores masked positions too where
     there is no Triton and computes the logits twice."""
+    virtual_tokens = 0
+    """Positions that the model puts before those of the row; a prefix takes none, it lies in the cache."""
 
     def compute_loss(
         self,
@@ -55,7 +62,7 @@ class AnswerTrainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         labels = inputs["labels"][:, 1:]
         used = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
         rest = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = model(**rest, use_cache=False, logits_to_keep=used).logits
+        logits = model(**rest, use_cache=False, logits_to_keep=used + self.virtual_tokens).logits
         wanted = labels[:, used]
         trained = wanted != IGNORED
         total = functional.cross_entropy(logits[trained].float(), wanted[trained], reduction="sum")
@@ -64,11 +71,55 @@ class AnswerTrainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         # `num_items_in_batch` counts the tokens of all processes, and DDP averages their gradients.
         return total / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if output_dir is not None and _loses_its_encoder(self.model):
+            encoder = self.model.prompt_encoder.state_dict()
+            save_file(
+                {name: value.contiguous() for name, value in encoder.items()}, Path(output_dir) / ENCODER
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if _loses_its_encoder(self.model):
+            self.model.prompt_encoder.load_state_dict(load_file(Path(resume_from_checkpoint) / ENCODER))
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none into the checkpoints folder; the export writes the one that counts."""
 
 
-def mean_token_loss(trainer: AnswerTrainer, rows: Dataset | None, settings: SftSettings) -> float | None:
+def _loses_its_encoder(model: torch.nn.Module) -> bool:
+    """PEFT saves what a prompt encoder produces, not the encoder: enough to answer, not to train on."""
+    return isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.P_TUNING
+
+
+def virtual_tokens(model: torch.nn.Module) -> int:
+    """Return how many positions a prompt-learning adapter puts before a row."""
+    if not isinstance(model, PeftModel):
+        return 0
+    config = model.active_peft_config
+    counts = config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING
+    return int(config.num_virtual_tokens) if counts else 0
+
+
+def heldout_figures(
+    trainer: AnswerTrainer, rows: dict[str, Dataset], settings: Settings
+) -> dict[str, float | dict[str, float] | None]:
+    """Return the mean loss over the trained tokens of all rows, and of each dataset where there are
+    several."""
+    losses, tokens = {}, {}
+    for name, one in rows.items():
+        loss = mean_token_loss(trainer, one, settings)
+        if loss is not None:
+            losses[name] = loss
+            tokens[name] = sum(sum(label != IGNORED for label in row[1:]) for row in one["labels"])
+    if not losses:
+        return {"loss": None}
+    total = sum(losses[name] * tokens[name] for name in losses) / sum(tokens.values())
+    return {"loss": total, "by_dataset": losses} if len(losses) > 1 else {"loss": total}
+
+
+def mean_token_loss(trainer: AnswerTrainer, rows: Dataset | None, settings: Settings) -> float | None:
     """Return the mean loss over all trained tokens of `rows`; None without rows.
 
     It is computed without a data loader and in evaluation mode, so that no random state moves: a run that

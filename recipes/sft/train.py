@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on answers: full, LoRA or QLoRA, with TRL's SFTTrainer and PEFT.
+"""Supervised fine-tuning on answers, with TRL's SFTTrainer and the tuners of PEFT and our own.
 
     python -P train.py recipe.yaml
 
@@ -8,9 +8,7 @@ by hand it works the same. Exit 0 done, 1 failed, 130 stopped on request."""
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
 from pathlib import Path
 
 try:
@@ -18,56 +16,36 @@ try:
 except ImportError:
     sys.exit("The package ftadvisor is not importable here. Start this through: ftadvisor run FOLDER")
 
-if not any(word in Path(sys.argv[-1]).read_bytes() for word in (b"qlora", b"8bit")):
+if __name__ == "__main__" and not any(
+    word in Path(sys.argv[-1]).read_bytes() for word in (b"qlora", b"8bit")
+):
     # PEFT imports bitsandbytes wherever it is installed: 3.4 of 16 CPU-seconds that only these two need.
     sys.modules["bitsandbytes"] = None
 
 import torch
-from transformers import TrainerState, set_seed
 from trl import SFTConfig
 
-from advisor.errors import AdvisorError
-from advisor.run.events import EventWriter, stage_of
-from advisor.storage import file_sha256, read_record, write_atomic
-from advisor.train import checkpoints
+from advisor.storage import write_atomic
 from advisor.train.answers import read_template
-from advisor.train.callbacks import Reporter
 from advisor.train.data import prepare
-from advisor.train.memory import peak_memory
-from advisor.train.model import apply_ending, embedding_rows, load_model, load_tokenizer, settle_ending
-from advisor.train.process import StopRequest, end_with_parent, report_crashes
-from advisor.train.results import save_result
+from advisor.train.model import (
+    apply_ending,
+    embedding_rows,
+    load_model,
+    load_tokenizer,
+    settle_ending,
+    start_adapter,
+)
+from advisor.train.session import HELDOUT, Session, carry_out, leave, run_program, trainer_arguments
 from advisor.train.settings import SftSettings, read_settings
-from advisor.train.trainer import AnswerTrainer, mean_token_loss, pad_multiple
-from advisor.train.tuners import adapter_config, adapters_to_fp32, count
-from advisor.types import Recipe
-
-CHECKPOINTS, HELDOUT = Path("checkpoints"), Path("heldout.jsonl")
-DONE, FAILED, STOPPED = 0, 1, 130
+from advisor.train.trainer import AnswerTrainer, heldout_figures, pad_multiple, virtual_tokens
+from advisor.train.tuners import prepare_model, trained_to_fp32
 
 
-def main(recipe_file: Path) -> int:
-    """Train one recipe; every outcome is an event."""
-    recipe = read_record(recipe_file, Recipe)
-    events = EventWriter(Path("events.jsonl"), stage_of(recipe_file.name, recipe.objective))
-    report_crashes(events)
-    stop = StopRequest()
-    stop.install()
-    end_with_parent()
-    try:
-        return train(recipe, file_sha256(recipe_file), events, stop)
-    except AdvisorError as error:
-        kind = type(error).__name__
-        events.write("error", kind=kind, code=error.code, message=error.message, remedy=error.remedy)
-        return FAILED
-
-
-def train(recipe: Recipe, recipe_sha256: str, events: EventWriter, stop: StopRequest) -> int:
+def train(session: Session) -> int:
     """Data, model, training, result; each part is told as an event before the next begins."""
-    settings = read_settings(recipe, cuda=torch.cuda.is_available())
-    set_seed(recipe.seed)
-    # A layer whose gradient torch does not know would train on silently wrong ones.
-    warnings.filterwarnings("error", message=".*autograd kernel was not registered")
+    recipe, events = session.recipe, session.events
+    settings = read_settings(recipe, SftSettings, cuda=torch.cuda.is_available())
 
     # The end of a turn: the template's token is the end token everywhere, so that the model learns to stop.
     tokenizer = load_tokenizer(recipe.model)
@@ -85,109 +63,36 @@ def train(recipe: Recipe, recipe_sha256: str, events: EventWriter, stop: StopReq
         events.write("warning", message=data.account.warning())
 
     # The model, and what of it moves.
-    model = load_model(recipe.model, settings)
-    apply_ending(model, ending)
+    base = load_model(recipe.model, settings, biases=recipe.tuner == "bitfit")
+    apply_ending(base, ending)
+    model = prepare_model(
+        base, recipe.tuner, settings, tokenizer=tokenizer, start=start_adapter(recipe.model)
+    )
     trainer = AnswerTrainer(
         model=model,
-        args=arguments(recipe, settings),
+        args=SFTConfig(
+            **trainer_arguments(recipe, settings),
+            packing=settings.packing,
+            max_length=settings.max_seq_len,
+            pad_to_multiple_of=pad_multiple(settings),
+            dataset_kwargs={"skip_prepare_dataset": not settings.packing},
+        ),
         train_dataset=data.train,
         processing_class=tokenizer,
-        peft_config=adapter_config(model, recipe.tuner, settings),
     )
     trainer.plain_loss = settings.loss == "full_logits"
+    trainer.virtual_tokens = virtual_tokens(model)
     if recipe.tuner != "full":
-        adapters_to_fp32(trainer.model)
-    size = count(trainer.model)
-    events.write(
-        "model",
-        trainable_parameters=size.trainable,
-        parameters=size.total,
-        device=str(trainer.args.device),
-        **peak_memory(),
+        trained_to_fp32(trainer.model)
+
+    return carry_out(
+        session,
+        trainer,
+        tokenizer,
+        settings,
+        measure=lambda: heldout_figures(trainer, data.heldout, settings),
     )
-
-    # Where to begin: the newest whole checkpoint; a damaged one is said and passed over.
-    begin = checkpoints.newest(CHECKPOINTS, recipe_sha256=recipe_sha256)
-    for name, reason in begin.rejected.items():
-        events.write("warning", message=f"{name} is not used: {reason}.")
-    checkpoints.remove_unusable(CHECKPOINTS, begin)
-    if begin.folder is None:
-        loss = mean_token_loss(trainer, data.heldout, settings)
-        events.write("heldout", when="before", step=0, loss=loss)
-    else:
-        events.write("note", message=f"Going on from the checkpoint of step {begin.step}.")
-    if stop.asked:
-        return STOPPED
-
-    # Training. A checkpoint of the last step needs no more steps, only its weights.
-    trainer.add_callback(
-        Reporter(
-            events,
-            stop,
-            recipe_sha256=recipe_sha256,
-            keep_checkpoints=settings.keep_checkpoints,
-            heldout_loss=lambda: mean_token_loss(trainer, data.heldout, settings),
-        )
-    )
-    if begin.folder is not None and begin.step >= planned_steps(begin.folder):
-        trainer._load_from_checkpoint(begin.folder)
-    else:
-        trainer.train(resume_from_checkpoint=begin.folder)
-        if stop.asked and trainer.state.global_step < trainer.state.max_steps:
-            events.write("note", message=f"Stopped after step {trainer.state.global_step}.")
-            return STOPPED
-
-    # The result, measured as it is saved.
-    place = save_result(
-        trainer, tokenizer, recipe, settings, measure=lambda: mean_token_loss(trainer, data.heldout, settings)
-    )
-    events.write("heldout", when="after", step=trainer.state.max_steps, loss=place.heldout_loss)
-    events.write("done", artefact=place.name, bytes=place.bytes, **peak_memory())
-    return DONE
-
-
-def arguments(recipe: Recipe, settings: SftSettings) -> SFTConfig:
-    """Return the trainer's arguments; what TRL would otherwise choose by itself is stated."""
-    return SFTConfig(
-        output_dir=str(CHECKPOINTS),
-        learning_rate=settings.learning_rate,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.effective_batch // settings.micro_batch,
-        warmup_steps=settings.warmup_ratio,
-        lr_scheduler_type="constant_with_warmup" if settings.scheduler == "constant" else settings.scheduler,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim=settings.optimizer,
-        bf16=settings.precision == "bf16",
-        fp16=settings.precision == "fp16",
-        activation_checkpointing=settings.gradient_checkpointing,
-        packing=settings.packing,
-        max_length=settings.max_seq_len,
-        pad_to_multiple_of=pad_multiple(settings),
-        dataset_kwargs={"skip_prepare_dataset": not settings.packing},
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
-        save_strategy="steps",
-        save_steps=settings.save_every_steps,
-        save_total_limit=None,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        use_cpu=not torch.accelerator.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
-def planned_steps(checkpoint: str) -> int:
-    """Return how many steps the run of a checkpoint has in all."""
-    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).max_steps
 
 
 if __name__ == "__main__":
-    status = main(Path(sys.argv[1]))
-    # All results are synced to disk; the interpreter's own clearing-up of torch would take two more seconds.
-    os._exit(status)
+    leave(run_program(train, Path(sys.argv[1])))

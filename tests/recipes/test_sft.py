@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402 - after the check th
 
 from advisor.train.settings import SftSettings, read_settings  # noqa: E402
 from advisor.train.trainer import IGNORED, AnswerTrainer, mean_token_loss  # noqa: E402
-from advisor.train.tuners import adapter_config, target_modules  # noqa: E402
+from advisor.train.tuners import lora_config, prepare_model, target_modules  # noqa: E402
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
@@ -153,7 +153,7 @@ def test_recipes_are_checked_against_the_program(tmp_path: Path) -> None:
         folder = make_run(tmp_path / tuner, tuner=tuner, model=tmp_path, data=tmp_path)
         recipe = read_record(folder / "recipe.yaml", Recipe)
         check(recipe, PROGRAM)
-        read_settings(recipe, cuda=False)
+        read_settings(recipe, SftSettings, cuda=False)
     for change, kind in (
         ({"learning_rat": 1.0}, InputError),
         ({"scheduler": "zigzag"}, InputError),
@@ -165,7 +165,7 @@ def test_recipes_are_checked_against_the_program(tmp_path: Path) -> None:
     ):
         wrong = msgspec.structs.replace(recipe, settings={**recipe.settings, **change})
         with pytest.raises(AdvisorError) as caught:
-            read_settings(wrong, cuda=False)
+            read_settings(wrong, SftSettings, cuda=False)
         assert isinstance(caught.value, kind), change
         assert caught.value.remedy
 
@@ -186,18 +186,18 @@ def test_targets_are_layers_that_the_model_has(tiny_model: Path) -> None:
         target_modules(model, "q_prj")
     with pytest.raises(RefusedError, match="lm_head"):
         target_modules(model, "lm_head")
-    config = adapter_config(model, "lora", _settings(use_rslora=True, use_dora=True, lora_r=4))
+    config = lora_config(model, _settings(use_rslora=True, use_dora=True, lora_r=4))
     assert config is not None
     assert (config.use_rslora, config.use_dora, config.r) == (True, True, 4)
     with pytest.raises(UnknownNameError):
-        adapter_config(model, "lorra", _settings())
+        prepare_model(model, "lorra", _settings(), tokenizer=None)
 
 
 def _adapter_gradients(model: Any) -> dict[str, Any]:
     from peft import get_peft_model
 
     torch.manual_seed(0)
-    wrapped = get_peft_model(model, adapter_config(model, "lora", _settings(lora_r=4)))
+    wrapped = get_peft_model(model, lora_config(model, _settings(lora_r=4)))
     with torch.no_grad():
         for name, value in wrapped.named_parameters():
             if "lora_B" in name:

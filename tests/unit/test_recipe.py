@@ -151,7 +151,7 @@ def _plan_for(name: str, tuner: str, hardware: dict[str, object]) -> Plan:
     case = scenario(
         rows(kinds[0]),
         hardware=hardware,
-        model="Qwen/Qwen3-0.6B",
+        model="Qwen/Qwen2.5-0.5B-Instruct",
         requested_method=f"{tuner}+{name}",
         force=True,
     )

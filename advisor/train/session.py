@@ -1,0 +1,172 @@
+"""What all training programs do alike: begin, resume from a checkpoint, train, measure, save, tell.
+
+Goes in: a recipe file, then a trainer that is ready. Comes out: events, checkpoints, the result, an exit
+status. Never does: know what is trained; that is each program's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
+
+from advisor.errors import AdvisorError
+from advisor.run.events import EventWriter, stage_of
+from advisor.storage import file_sha256, read_record
+from advisor.train import checkpoints
+from advisor.train.callbacks import Reporter
+from advisor.train.memory import peak_memory
+from advisor.train.process import StopRequest, end_with_parent, report_crashes
+from advisor.train.results import save_result
+from advisor.train.settings import Settings
+from advisor.train.tuners import count
+from advisor.types import Recipe
+
+CHECKPOINTS, HELDOUT = Path("checkpoints"), Path("heldout.jsonl")
+DONE, FAILED, STOPPED = 0, 1, 130
+
+
+class Session:
+    """One program at work on one recipe."""
+
+    def __init__(self, recipe: Recipe, recipe_sha256: str, events: EventWriter, stop: StopRequest) -> None:
+        self.recipe = recipe
+        self.recipe_sha256 = recipe_sha256
+        self.events = events
+        self.stop = stop
+
+
+def run_program(train: Callable[[Session], int], recipe_file: Path) -> int:
+    """Train one recipe; every outcome is an event. Returns the exit status."""
+    recipe = read_record(recipe_file, Recipe)
+    events = EventWriter(Path("events.jsonl"), stage_of(recipe_file.name, recipe.objective))
+    report_crashes(events)
+    stop = StopRequest()
+    stop.install()
+    end_with_parent()
+    # A layer whose gradient torch does not know would train on silently wrong ones.
+    warnings.filterwarnings("error", message=".*autograd kernel was not registered")
+    set_seed(recipe.seed)
+    try:
+        return train(Session(recipe, file_sha256(recipe_file), events, stop))
+    except AdvisorError as error:
+        kind = type(error).__name__
+        events.write("error", kind=kind, code=error.code, message=error.message, remedy=error.remedy)
+        return FAILED
+
+
+def leave(status: int) -> None:
+    """End the process: all results are synced to disk, and clearing up torch would take two more seconds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def carry_out(
+    session: Session,
+    trainer: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    *,
+    measure: Callable[[], dict[str, Any]],
+) -> int:
+    """Train with a trainer that is ready, from the newest whole checkpoint on, and save the result.
+
+    Args:
+        session: of this program.
+        trainer: a transformers Trainer.
+        tokenizer: saved beside the weights.
+        settings: of the recipe.
+        measure: returns `loss` on rows that are not trained on, and what else is known of them.
+    """
+    events, stop = session.events, session.stop
+    size = count(trainer.model)
+    events.write(
+        "model",
+        trainable_parameters=size.trainable,
+        parameters=size.total,
+        device=str(trainer.args.device),
+        **peak_memory(),
+    )
+    begin = checkpoints.newest(CHECKPOINTS, recipe_sha256=session.recipe_sha256)
+    for name, reason in begin.rejected.items():
+        events.write("warning", message=f"{name} is not used: {reason}.")
+    checkpoints.remove_unusable(CHECKPOINTS, begin)
+    if begin.folder is None:
+        events.write("heldout", when="before", step=0, **measure())
+    else:
+        events.write("note", message=f"Going on from the checkpoint of step {begin.step}.")
+    if _asked(stop):
+        return STOPPED
+    trainer.add_callback(
+        Reporter(
+            events,
+            stop,
+            recipe_sha256=session.recipe_sha256,
+            keep_checkpoints=settings.keep_checkpoints,
+            measure=measure,
+        )
+    )
+    # A checkpoint of the last step needs no more steps, only its weights.
+    if begin.folder is not None and begin.step >= planned_steps(begin.folder):
+        trainer._load_from_checkpoint(begin.folder)
+    else:
+        trainer.train(resume_from_checkpoint=begin.folder)
+        if _asked(stop) and trainer.state.global_step < trainer.state.max_steps:
+            events.write("note", message=f"Stopped after step {trainer.state.global_step}.")
+            return STOPPED
+    place = save_result(trainer, tokenizer, session.recipe, settings, measure=measure)
+    events.write("heldout", when="after", step=trainer.state.max_steps, **place.measured)
+    events.write("done", artefact=place.name, bytes=place.bytes, **peak_memory())
+    return DONE
+
+
+def _asked(stop: StopRequest) -> bool:
+    """A signal sets it between any two lines, which a type checker cannot see."""
+    return stop.asked
+
+
+def planned_steps(checkpoint: str) -> int:
+    """Return how many steps the run of a checkpoint has in all."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    return int(state.max_steps)
+
+
+def trainer_arguments(recipe: Recipe, settings: Settings) -> dict[str, Any]:
+    """Return the arguments that every trainer takes; what the libraries would choose by themselves is
+    stated."""
+    return {
+        "output_dir": str(CHECKPOINTS),
+        "learning_rate": settings.learning_rate,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": settings.micro_batch,
+        "gradient_accumulation_steps": settings.effective_batch // settings.micro_batch,
+        "warmup_steps": settings.warmup_ratio,
+        "lr_scheduler_type": "constant_with_warmup"
+        if settings.scheduler == "constant"
+        else settings.scheduler,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "optim": settings.optimizer,
+        "bf16": settings.precision == "bf16",
+        "fp16": settings.precision == "fp16",
+        "activation_checkpointing": settings.gradient_checkpointing,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "save_strategy": "steps",
+        "save_steps": settings.save_every_steps,
+        "save_total_limit": None,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
