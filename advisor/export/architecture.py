@@ -6,7 +6,6 @@ config.json that it does not know; touch weights.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import gguf
@@ -15,25 +14,11 @@ import numpy.typing as npt
 
 from advisor.errors import ExportError
 from advisor.export.checkpoint import Floats
-from advisor.export.rules import Architecture, rules
+from advisor.export.config_fields import architecture_of, exact_context, usual_fields
+from advisor.export.rotary import rotation
+from advisor.export.rules import Architecture
 from advisor.types import Record
 
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-_READ = {
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
-    "rope_parameters", "hidden_act", "tie_word_embeddings", "sliding_window", "use_sliding_window",
-    "layer_types", "quantization_config", "partial_rotary_factor",
-}  # fmt: skip
-_ROPE_FIELDS = {
-    "default": set[str](),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {
-        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
-        "truncate",
-    },
-}  # fmt: skip
 MetaValue = int | float | bool | str
 
 
@@ -44,8 +29,14 @@ class PlannedTensor(Record, frozen=True, kw_only=True):
     origin: str
     """Name of the parameter in transformers."""
     shape: tuple[int, ...]
+    """In the file, (out, in); `transposed` ones are stored the other way round."""
     heads: int = 0
     """Not 0: the rows of so many heads are reordered for llama.cpp's rotation."""
+    offset: float = 0.0
+    """Added to every entry."""
+    transposed: bool = False
+    exact: bool = False
+    """Stays F32 in every quantisation."""
 
 
 class ModelPlan(Record, frozen=True, kw_only=True):
@@ -56,31 +47,11 @@ class ModelPlan(Record, frozen=True, kw_only=True):
     tensors: tuple[PlannedTensor, ...]
     layers: int
     vocab: int
-    rope_factors: tuple[float, ...] = ()
-    """One for each pair of rotated dimensions; empty: none."""
+    context: int
+    """Tokens for which the file is exact."""
+    factors: dict[str, tuple[float, ...]] = {}
+    """Tensors that hold no weights but factors of the rotation."""
     notes: tuple[str, ...] = ()
-
-
-def architecture_of(config: dict[str, Any]) -> Architecture:
-    """Return the rules of the architecture that config.json names.
-
-    Raises:
-        ExportError: the architecture is not in kb/rules/gguf.toml, or the weights are quantised.
-    """
-    name = (config.get("architectures") or ["(none)"])[0]
-    known = rules().architectures
-    if name not in known:
-        raise ExportError(
-            f"The architecture {name} cannot be exported to GGUF here. Known: {', '.join(sorted(known))}.",
-            "Export merged weights instead: ftadvisor export FOLDER --to merged",
-        )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ExportError(
-            f"The base weights are quantised ({method}); a GGUF must be made from the unquantised model.",
-            "Name the original 16-bit model as the base.",
-        )
-    return known[name]
 
 
 def plan_model(config: dict[str, Any], *, own_head: bool) -> ModelPlan:
@@ -94,197 +65,119 @@ def plan_model(config: dict[str, Any], *, own_head: bool) -> ModelPlan:
         ExportError: a field is unknown, or has a value that llama.cpp does not follow.
     """
     architecture = architecture_of(config)
-    _check_fields(config, architecture)
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    head_dim = config.get("head_dim") or hidden // heads
-    if not architecture.free_head_dim and head_dim * heads != hidden:
+    fields = usual_fields(config, architecture)
+    if own_head and architecture.head == "shared":
         raise ExportError(
-            f"{heads} heads of {head_dim} dimensions are not the width {hidden}, which llama.cpp assumes for "
-            f"{architecture.gguf}.",
-            "This model cannot be exported to GGUF.",
+            f"Output layer and embedding differ; llama.cpp has one for both in {architecture.gguf}.",
+            "Train without changing lm_head or the embedding alone, or export --to merged instead.",
         )
-    context, notes = _context(config, architecture)
-    rope, factors = _rope(config, architecture, head_dim)
+    context, window, notes = exact_context(fields, architecture)
+    turned = rotation(fields, architecture)
     keys = gguf.Keys
+    norm = keys.Attention.LAYERNORM_RMS_EPS if architecture.norm == "rms" else keys.Attention.LAYERNORM_EPS
     metadata: dict[str, MetaValue] = {
-        keys.LLM.BLOCK_COUNT: config["num_hidden_layers"],
+        keys.LLM.BLOCK_COUNT: fields["num_hidden_layers"],
         keys.LLM.CONTEXT_LENGTH: context,
-        keys.LLM.EMBEDDING_LENGTH: hidden,
-        keys.LLM.FEED_FORWARD_LENGTH: config["intermediate_size"],
-        keys.Attention.HEAD_COUNT: heads,
-        keys.Attention.HEAD_COUNT_KV: config.get("num_key_value_heads") or heads,
-        keys.Attention.LAYERNORM_RMS_EPS: float(config["rms_norm_eps"]),
-        keys.Attention.KEY_LENGTH: head_dim,
-        keys.Attention.VALUE_LENGTH: head_dim,
-        keys.Rope.DIMENSION_COUNT: head_dim,
-        keys.LLM.VOCAB_SIZE: config["vocab_size"],
-        **rope,
+        keys.LLM.EMBEDDING_LENGTH: fields["hidden_size"],
+        keys.LLM.FEED_FORWARD_LENGTH: fields["intermediate_size"],
+        keys.Attention.HEAD_COUNT: fields["num_attention_heads"],
+        keys.Attention.HEAD_COUNT_KV: fields["num_key_value_heads"],
+        norm: float(fields["rms_norm_eps"]),
+        keys.Attention.KEY_LENGTH: fields["head_dim"],
+        keys.Attention.VALUE_LENGTH: fields["head_dim"],
+        keys.LLM.VOCAB_SIZE: fields["vocab_size"],
+        **turned.metadata,
     }
+    if window is not None:
+        metadata[keys.Attention.SLIDING_WINDOW] = window
+    floats = {f"{{arch}}.{key}": fields.get(field) for key, field in architecture.floats.items()}
+    metadata |= {key: float(value) for key, value in floats.items() if value is not None}
     return ModelPlan(
         architecture=architecture,
         metadata={key.format(arch=architecture.gguf): value for key, value in metadata.items()},
-        tensors=_tensors(config, architecture, head_dim, own_head=own_head),
-        layers=config["num_hidden_layers"],
-        vocab=config["vocab_size"],
-        rope_factors=factors,
-        notes=notes,
+        tensors=_tensors(fields, architecture, own_head=own_head),
+        layers=fields["num_hidden_layers"],
+        vocab=fields["vocab_size"],
+        context=context,
+        factors=turned.tensors,
+        notes=notes + turned.notes,
     )
 
 
-def _check_fields(config: dict[str, Any], architecture: Architecture) -> None:
-    known = _READ | set(rules().config.without_effect) | set(architecture.fixed) | set(architecture.biases)
-    unknown = sorted(key for key, value in config.items() if key not in known and value is not None)
-    if unknown:
-        raise ExportError(
-            f"config.json has fields whose effect on the arithmetic is not known here: {', '.join(unknown)}.",
-            "If they change nothing, remove them from a copy of config.json; otherwise export --to merged.",
-        )
-    missing = sorted(
-        _READ_ALWAYS - {key for key, value in config.items() if value is not None},
-    )
-    if missing:
-        raise ExportError(
-            f"config.json lacks {', '.join(missing)}.", "Save the model again with save_pretrained."
-        )
-    expected = {**architecture.fixed, "hidden_act": (architecture.activation,)}
-    if config.get("partial_rotary_factor") is not None:
-        expected["partial_rotary_factor"] = (1, 1.0)
-    for key, values in expected.items():
-        given = config.get(key)
-        if given is not None and given not in values:
-            raise ExportError(
-                f"config.json says {key} = {given!r}; llama.cpp computes {architecture.gguf} with "
-                f"{values[0]!r}.",
-                "This model cannot be exported to GGUF; export --to merged instead.",
-            )
-
-
-_READ_ALWAYS = {
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-    "max_position_embeddings", "rms_norm_eps",
-}  # fmt: skip
-
-
-def _context(config: dict[str, Any], architecture: Architecture) -> tuple[int, tuple[str, ...]]:
-    """Return the context in tokens; a sliding window shortens it, because llama.cpp attends to everything."""
-    context: int = config["max_position_embeddings"]
-    window = config.get("sliding_window")
-    slides = architecture.window == "always" or bool(config.get("use_sliding_window"))
-    slides = slides or "sliding_attention" in (config.get("layer_types") or ())
-    if not slides or window is None or window >= context:
-        return context, ()
-    if architecture.window == "never":
-        raise ExportError(
-            f"config.json asks for a sliding window, which llama.cpp does not apply to {architecture.gguf}.",
-            "This model cannot be exported to GGUF; export --to merged instead.",
-        )
-    note = (
-        f"context shortened from {context} to the sliding window of {window} tokens, within which it is exact"
-    )
-    return int(window), (note,)
-
-
-def _rope(
-    config: dict[str, Any], architecture: Architecture, head_dim: int
-) -> tuple[dict[str, MetaValue], tuple[float, ...]]:
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in architecture.rope:
-        raise ExportError(
-            f"Rotary scaling {kind!r} is not supported for {architecture.gguf}; "
-            f"supported: {', '.join(architecture.rope)}.",
-            "This model cannot be exported to GGUF; export --to merged instead.",
-        )
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    fields = {key: value for key, value in scaling.items() if value is not None}
-    unknown = sorted(
-        set(fields) - _ROPE_FIELDS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    )
-    if unknown or fields.get("partial_rotary_factor", 1) != 1 or not _yarn_is_plain(kind, fields):
-        raise ExportError(
-            f"Rotary scaling {kind!r} with these fields is not known here: {fields}.",
-            "This model cannot be exported to GGUF; export --to merged instead.",
-        )
-    keys = gguf.Keys.Rope
-    found: dict[str, MetaValue] = {keys.FREQ_BASE: theta}
-    if kind == "llama3":
-        return found, _llama3_factors(fields, theta, head_dim)
-    if kind != "default":
-        found |= {keys.SCALING_TYPE: kind, keys.SCALING_FACTOR: float(fields["factor"])}
-    if kind == "yarn":
-        original = fields.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        found[keys.SCALING_ORIG_CTX_LEN] = int(original)
-    return found, ()
-
-
-def _yarn_is_plain(kind: str, fields: dict[str, Any]) -> bool:
-    """Whether the optional YaRN fields have the values that both sides take by default."""
-    if kind != "yarn":
-        return True
-    usual = 0.1 * math.log(fields["factor"]) + 1
-    return (
-        fields.get("beta_fast", 32) == 32
-        and fields.get("beta_slow", 1) == 1
-        and fields.get("truncate", True) is True
-        and math.isclose(fields.get("attention_factor", usual), usual, rel_tol=1e-4)
-    )
-
-
-def _llama3_factors(fields: dict[str, Any], theta: float, head_dim: int) -> tuple[float, ...]:
-    """Return by how much each rotation slows down.
-
-    Wavelengths below the high-frequency limit keep their speed, those above the low-frequency limit are
-    stretched by `factor`, and those between are interpolated in frequency.
-    """
-    original = fields["original_max_position_embeddings"]
-    low, high, factor = fields["low_freq_factor"], fields["high_freq_factor"], fields["factor"]
-    frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    turns = original * frequency / (2 * math.pi)
-    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return tuple(float(value) for value in 1.0 / (share + (1.0 - share) / factor))
+def _shapes(fields: dict[str, Any], architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each module's weight by its name in a block."""
+    hidden, inner, head_dim = fields["hidden_size"], fields["intermediate_size"], fields["head_dim"]
+    queries = fields["num_attention_heads"] * head_dim
+    keys = fields["num_key_value_heads"] * head_dim
+    wide = architecture.wide_norms
+    narrow = dict.fromkeys(architecture.norms, (hidden,))
+    return {
+        **narrow,
+        "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
+        "self_attn.qkv_proj": (queries + 2 * keys, hidden), "mlp.gate_up_proj": (2 * inner, hidden),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+        "self_attn.q_norm": (queries if wide else head_dim,),
+        "self_attn.k_norm": (keys if wide else head_dim,),
+        "attn.c_attn": (3 * hidden, hidden), "attn.c_proj": (hidden, hidden),
+        "mlp.c_fc": (inner, hidden), "mlp.c_proj": (hidden, inner),
+    }  # fmt: skip
 
 
 def _tensors(
-    config: dict[str, Any], architecture: Architecture, head_dim: int, *, own_head: bool
+    fields: dict[str, Any], architecture: Architecture, *, own_head: bool
 ) -> tuple[PlannedTensor, ...]:
-    names = gguf.get_tensor_name_map(_enum(architecture.gguf), config["num_hidden_layers"])
-    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    queries, keys = heads * head_dim, kv_heads * head_dim
-    shapes = {
-        "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
-        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-        "self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,),
-    }  # fmt: skip
-    turned = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads} if architecture.permute else {}
-    biased = {
-        module
-        for field, modules in architecture.biases.items()
-        if field == "always" or config.get(field)
-        for module in modules
-    }
+    layers, hidden, vocab = fields["num_hidden_layers"], fields["hidden_size"], fields["vocab_size"]
+    names = gguf.get_tensor_name_map(_enum(architecture.gguf), layers)
 
-    def planned(origin: str, shape: tuple[int, ...], heads_: int = 0) -> PlannedTensor:
-        name = names.get_name(origin, try_suffixes=(".weight", ".bias"))
+    def planned(origin: str, shape: tuple[int, ...], place: str = "", **more: Any) -> PlannedTensor:
+        name = names.get_name(place or origin, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ExportError(
                 f"{origin} has no name in {architecture.gguf}.", "Report this model's config.json."
             )
-        return PlannedTensor(name=name, origin=origin, shape=shape, heads=heads_)
+        return PlannedTensor(name=name, origin=origin, shape=shape, **more)
 
-    found = [planned(EMBEDDING, (vocab, hidden)), planned(FINAL_NORM, (hidden,))]
-    if own_head:
-        found.append(planned(HEAD, (vocab, hidden)))
-    for i in range(config["num_hidden_layers"]):
-        for module in architecture.linears + architecture.norms:
-            origin = f"model.layers.{i}.{module}"
-            found.append(planned(f"{origin}.weight", shapes[module], turned.get(module, 0)))
-            if module in biased:
-                found.append(planned(f"{origin}.bias", shapes[module][:1], turned.get(module, 0)))
+    offset, final = architecture.norm_offset, architecture.final_norm
+    found = [planned(architecture.embedding, (vocab, hidden))]
+    if architecture.positions:
+        found.append(planned(architecture.positions, (fields["max_position_embeddings"], hidden), exact=True))
+    found.append(planned(f"{final}.weight", (hidden,), offset=offset))
+    if architecture.final_bias:
+        found.append(planned(f"{final}.bias", (hidden,)))
+    if own_head or architecture.head == "required":
+        source = architecture.head_weight if own_head else architecture.embedding
+        found.append(planned(source, (vocab, hidden), architecture.head_weight))
+    for number in range(layers):
+        found += _block(f"{architecture.block}.{number}", fields, architecture, planned)
     return tuple(found)
+
+
+def _block(
+    block: str, fields: dict[str, Any], architecture: Architecture, planned: Any
+) -> list[PlannedTensor]:
+    shapes, found = _shapes(fields, architecture), []
+    turned = {
+        "self_attn.q_proj": fields["num_attention_heads"], "self_attn.k_proj": fields["num_key_value_heads"],
+    }  # fmt: skip
+    biased = {
+        module
+        for field, modules in architecture.biases.items()
+        if field == "always" or fields.get(field)
+        for module in modules
+    }
+    for module in architecture.linears + architecture.norms:
+        heads = turned.get(module, 0) if architecture.permute else 0
+        offset = architecture.norm_offset if module in architecture.norms else 0.0
+        found.append(
+            planned(
+                f"{block}.{module}.weight", shapes[module], heads=heads, offset=offset,
+                transposed=module in architecture.transposed,
+            )
+        )  # fmt: skip
+        if module in biased:
+            found.append(planned(f"{block}.{module}.bias", shapes[module][:1], heads=heads))
+    return found
 
 
 def _enum(name: str) -> gguf.MODEL_ARCH:
@@ -301,9 +194,6 @@ def row_order(rows: int, heads: int) -> npt.NDArray[np.intp]:
     return index.swapaxes(1, 2).reshape(rows)
 
 
-def rope_tensor(plan: ModelPlan) -> tuple[str, Floats] | None:
-    """Return name and values of the rotation factors, where the model scales its rotations."""
-    if not plan.rope_factors:
-        return None
-    name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
-    return name, np.array(plan.rope_factors, dtype=np.float32)
+def factor_tensors(plan: ModelPlan) -> dict[str, Floats]:
+    """Return the factors of the rotation, where the model scales it."""
+    return {name: np.array(values, dtype=np.float32) for name, values in plan.factors.items()}

@@ -44,8 +44,13 @@ class Checkpoint:
     def __init__(self, tensors: dict[str, Stored]) -> None:
         self.tensors = tensors
 
-    def rows(self, name: str, rows: Rows) -> Floats:
+    def rows(self, name: str, rows: Rows, *, transposed: bool = False) -> Floats:
         """Return some rows of a tensor (all of a vector's entries are its rows) in float32.
+
+        Args:
+            name: Of the tensor.
+            rows: Which ones.
+            transposed: Rows of the transposed tensor are meant.
 
         Raises:
             ExportError: the tensor is stored in a type that is no floating point.
@@ -62,7 +67,7 @@ class Checkpoint:
         mapped = np.memmap(
             stored.path, dtype=dtype, mode="r", offset=stored.offset, shape=stored.shape or (1,)
         )
-        part = np.asarray(mapped[rows])
+        part = np.ascontiguousarray((mapped.T if transposed else mapped)[rows])
         if stored.dtype == "BF16":
             return (part.astype(np.uint32) << 16).view(np.float32)
         return part.astype(np.float32, copy=False)

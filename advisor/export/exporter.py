@@ -15,12 +15,14 @@ from typing import Any
 import gguf
 
 from advisor.errors import ExportError, MissingPackageError, UnknownNameError, UsageError
-from advisor.export.adapter import Adapter, Merged, open_adapter
+from advisor.export.adapter import Adapter, open_adapter
 from advisor.export.architecture import ModelPlan, plan_model
-from advisor.export.checkpoint import open_checkpoint, optional_json
+from advisor.export.checkpoint import optional_json
+from advisor.export.config_fields import is_tied
 from advisor.export.files import complete_file, need_space
 from advisor.export.gguf_file import Contents, check_complete, contents, planned_contents, write_gguf
 from advisor.export.lora_file import check_lora, write_lora
+from advisor.export.merged import Merged, open_merged
 from advisor.export.merged_folder import merged_bytes, write_merged
 from advisor.export.modelfile import modelfile
 from advisor.export.native import run_llama
@@ -85,8 +87,7 @@ def export_model(
     trained = find_trained(source, offline=offline, on_progress=on_progress)
     adapter = None if trained.adapter is None else open_adapter(Path(trained.adapter))
     config = trained.config
-    tied = bool(config.get("tie_word_embeddings", False))
-    merged = Merged(open_checkpoint(Path(trained.base)), adapter, tied=tied)
+    merged = open_merged(Path(trained.base), adapter, config)
     job = Job(
         trained=trained, config=config, adapter=adapter, merged=merged,
         out=out or Path(trained.folder) / "export", on_progress=on_progress,
@@ -151,7 +152,7 @@ def _lora_of(job: Job) -> Adapter:
         raise ExportError(
             "There is no adapter: the whole model was trained.", "Export it with --to gguf instead."
         )
-    check_lora(job.adapter, tied=bool(job.config.get("tie_word_embeddings", False)))
+    check_lora(job.adapter, job.merged.layout, tied=is_tied(job.config))
     return job.adapter
 
 
@@ -159,7 +160,7 @@ def _write_lora(job: Job, adapter: Adapter) -> ExportedFile:
     path = job.out / f"{job.trained.name}-lora.gguf"
     job.on_progress("writing the LoRA adapter")
     with complete_file(path) as aside:
-        write_lora(aside, adapter, plan_model(job.config, own_head=True))
+        write_lora(aside, adapter, plan_model(job.config, own_head=job.merged.own_head))
     return _file(path, "lora_gguf", quant="F32", found=None)
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import IO
 
 import gguf
+import numpy as np
 
 from advisor.errors import ExportError
-from advisor.export.adapter import Merged
-from advisor.export.architecture import HEAD, ModelPlan, PlannedTensor, rope_tensor, row_order
+from advisor.export.architecture import ModelPlan, PlannedTensor, factor_tensors, row_order
 from advisor.export.encode import Type, encode_rows, row_bytes, type_for
+from advisor.export.merged import Merged
 from advisor.export.rules import rules
 from advisor.export.tokenizer import Vocabulary
 from advisor.probe.gguf_file import NORMALISER_KEY
@@ -52,7 +53,7 @@ def check_complete(plan: ModelPlan, merged: Merged) -> None:
     ignored = rules().config.tensors_without_effect
     left = {name for name in merged.names() - set(planned) if not name.endswith(ignored)}
     if not merged.own_head:
-        left.discard(HEAD)
+        left.discard(merged.layout.head)
     wrong = [f"{name} is missing" for name in planned if not merged.shape(name)]
     wrong += [
         f"{name} is {merged.shape(name)} instead of {tensor.shape}"
@@ -80,10 +81,13 @@ def contents(tensors: Iterable[tuple[tuple[int, ...], Type]]) -> Contents:
 
 def planned_contents(plan: ModelPlan, quant: str) -> Contents:
     """Return what a directly written file will hold."""
-    shapes = [tensor.shape for tensor in plan.tensors]
-    if plan.rope_factors:
-        shapes.append((len(plan.rope_factors),))
-    return contents((shape, type_for(quant, shape)) for shape in shapes)
+    factors = [((len(values),), Type.F32) for values in plan.factors.values()]
+    return contents([(tensor.shape, planned_type(quant, tensor)) for tensor in plan.tensors] + factors)
+
+
+def planned_type(quant: str, tensor: PlannedTensor) -> Type:
+    """Return the type of a tensor in a directly written file."""
+    return Type.F32 if tensor.exact else type_for(quant, tensor.shape)
 
 
 def write_gguf(
@@ -110,20 +114,20 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_metadata(writer, plan)
         _add_vocabulary(writer, vocabulary)
-        extra = rope_tensor(plan)
-        if extra is not None:
-            writer.add_tensor_info(extra[0], extra[1].shape, extra[1].dtype, extra[1].nbytes, Type.F32)
+        factors = factor_tensors(plan)
+        for key, values in factors.items():
+            writer.add_tensor_info(key, values.shape, values.dtype, values.nbytes, Type.F32)
         for tensor in plan.tensors:
-            kind = type_for(quant, tensor.shape)
+            kind = planned_type(quant, tensor)
             size = _tensor_bytes(tensor.shape, kind)
             writer.add_tensor_info(tensor.name, tensor.shape, encode_dtype(kind), size, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if extra is not None:
-            writer.write_tensor_data(extra[1])
+        for values in factors.values():
+            writer.write_tensor_data(values)
         for number, tensor in enumerate(plan.tensors, start=1):
-            writer.write_tensor_data(_Stream(tensor, merged, type_for(quant, tensor.shape)))
+            writer.write_tensor_data(_Stream(tensor, merged, planned_type(quant, tensor)))
             if number % 50 == 0:
                 on_progress(f"{quant}: tensor {number} of {len(plan.tensors)}")
     finally:
@@ -156,6 +160,8 @@ class _Stream:
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
             data = self.merged.rows(self.tensor.origin, part if order is None else order[part])
+            if self.tensor.offset:
+                data = data + np.float32(self.tensor.offset)
             file.write(encode_rows(self.tensor.name, data, self.kind).tobytes())
 
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from advisor.errors import ExportError
 from advisor.export.adapter import Adapter
-from advisor.export.architecture import EMBEDDING, HEAD, ModelPlan, row_order
+from advisor.export.architecture import ModelPlan, row_order
 from advisor.export.encode import Type
+from advisor.export.merged import Layout
 
 
 def write_lora(path: Path, adapter: Adapter, plan: ModelPlan) -> None:
@@ -50,17 +51,20 @@ def write_lora(path: Path, adapter: Adapter, plan: ModelPlan) -> None:
         writer.close()
 
 
-def check_lora(adapter: Adapter, *, tied: bool) -> None:
+def check_lora(adapter: Adapter, layout: Layout, *, tied: bool) -> None:
     """Refuse what llama.cpp would ignore, scale differently or abort on.
 
     Args:
         adapter: As peft saved it.
+        layout: Of its base.
         tied: The base shares embedding and output layer.
 
     Raises:
         ExportError: the adapter holds more than low-rank changes of linear layers.
     """
     reasons = []
+    if adapter.scales or adapter.tokens or adapter.prompt is not None:
+        reasons.append("it holds more than low-rank changes")
     if adapter.saved:
         reasons.append(
             f"it replaces {', '.join(sorted(adapter.saved)[:3])}, which llama.cpp ignores in an adapter"
@@ -69,8 +73,8 @@ def check_lora(adapter: Adapter, *, tied: bool) -> None:
         reasons.append("DoRA is no sum of low-rank products")
     if any(delta.b_bias is not None for delta in adapter.deltas.values()):
         reasons.append("it trains biases")
-    ends = {f"{module}.weight" for module in adapter.deltas} & {EMBEDDING, HEAD}
-    if EMBEDDING in ends or (tied and ends):
+    ends = {f"{module}.weight" for module in adapter.deltas} & {layout.embedding, layout.head}
+    if layout.embedding in ends or (tied and ends):
         reasons.append("it changes the embedding or a shared output layer, on which llama.cpp aborts")
     if reasons:
         raise ExportError(

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from advisor.export.adapter import Merged
-from advisor.export.architecture import HEAD
 from advisor.export.checkpoint import Floats
 from advisor.export.encode import Type, encode_rows
 from advisor.export.files import complete_folder
 from advisor.export.gguf_file import PART_BYTES
+from advisor.export.merged import Merged
 from advisor.export.source import Trained
 from advisor.storage import encode_json, file_sha256
 from advisor.types import ExportedFile
@@ -38,8 +37,13 @@ def _dtype(config: dict[str, Any]) -> str:
 
 
 def _names(merged: Merged) -> list[str]:
-    names = merged.names() - ({HEAD} if not merged.own_head else set())
-    return sorted(names | ({HEAD} if merged.own_head else set()))
+    head = {merged.layout.head}
+    return sorted(merged.names() | head if merged.own_head else merged.names() - head)
+
+
+def _stored_shape(merged: Merged, name: str) -> tuple[int, ...]:
+    shape = merged.shape(name)
+    return shape[::-1] if merged.is_transposed(name) else shape
 
 
 def merged_bytes(merged: Merged, config: dict[str, Any]) -> int:
@@ -79,7 +83,7 @@ def _write_weights(path: Path, merged: Merged, stored: str) -> None:
     offset = 0
     for name in _names(merged):
         end = offset + math.prod(merged.shape(name)) * size
-        header[name] = {"dtype": stored, "shape": merged.shape(name), "data_offsets": (offset, end)}
+        header[name] = {"dtype": stored, "shape": _stored_shape(merged, name), "data_offsets": (offset, end)}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -87,6 +91,9 @@ def _write_weights(path: Path, merged: Merged, stored: str) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in _names(merged):
             shape = merged.shape(name)
+            if merged.is_transposed(name):
+                file.write(_encode(name, merged.rows(name).T, stored).tobytes())
+                continue
             step = max(1, PART_BYTES // (4 * max(1, math.prod(shape[1:]))))
             for start in range(0, shape[0], step):
                 rows = merged.rows(name, slice(start, min(start + step, shape[0])))

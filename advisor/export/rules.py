@@ -23,16 +23,57 @@ class Architecture(Record, frozen=True, kw_only=True):
     """Rows of q and k go from half-split to interleaved rotation."""
     free_head_dim: bool
     """False: llama.cpp takes heads x head_dim to be the width."""
-    window: Literal["never", "always", "use_sliding_window"] = "never"
-    """When `sliding_window` of config.json applies."""
+    head: Literal["optional", "required", "shared"] = "optional"
+    """Whether llama.cpp takes an output layer of its own: as the weights have it, always, or never."""
+    tied: bool = False
+    """Whether embedding and output layer are shared where config.json does not say."""
+    window: Literal["never", "always", "use_sliding_window", "alternating"] = "never"
+    """When `sliding_window` of config.json applies; `alternating`: llama.cpp applies it itself."""
+    window_period: int = 0
+    """`alternating`: every layer of this number attends to everything."""
     rope: tuple[str, ...]
-    activation: str
+    """Empty: learned positions instead."""
+    partial_rotary: bool = False
+    """Whether only a share of each head may be rotated."""
+    activation: tuple[str, ...]
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    """What the model adds to the weights of its norms and llama.cpp does not."""
+    wide_norms: bool = False
+    """Norms of q and k go over all heads together."""
+    inner_factor: int = 0
+    """Width of the feed-forward layers over `hidden_size`, where config.json does not say."""
+    names: dict[str, str] = {}
+    """Usual field -> this architecture's name for it."""
+    defaults: dict[str, Any] = {}
+    """Field -> its value where config.json leaves it out."""
+    required: tuple[str, ...] = ()
+    """Fields that may not be empty, because llama.cpp would take a value of its own."""
     fixed: dict[str, tuple[Any, ...]] = {}
-    """Field of config.json -> the values that llama.cpp assumes."""
+    """Field of config.json -> the values that llama.cpp assumes; none: it must be empty."""
+    head_scale_layers: int = 0
+    """With so many layers, attention is scaled by width / heads, with any other by head_dim."""
+    no_rope_interval: int = 0
+    """Every layer of this number does not rotate."""
+    floats: dict[str, str] = {}
+    """Key of the file (after the architecture) -> field of config.json."""
+    embedding: str = "model.embed_tokens.weight"
+    head_weight: str = "lm_head.weight"
+    final_norm: str = "model.norm"
+    scaled_prompt: bool = False
+    """The embedding layer itself multiplies by the root of the width, which virtual tokens do not pass."""
+    positions: str | None = None
+    """Learned positions."""
+    prefix: str = ""
+    """Put before names of a checkpoint that was saved without it."""
+    block: str = "model.layers"
     linears: tuple[str, ...]
     norms: tuple[str, ...]
+    transposed: tuple[str, ...] = ()
+    """Modules of a block whose weights are stored as (in, out)."""
     biases: dict[str, tuple[str, ...]] = {}
     """Boolean field of config.json (or `always`) -> modules of a block that carry a bias."""
+    final_bias: bool = False
     source: str
     checked: str
 

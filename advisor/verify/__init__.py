@@ -20,6 +20,8 @@ from advisor.errors import ExportError, MissingPackageError, RefusedError
 from advisor.export.architecture import ModelPlan, plan_model
 from advisor.export.chat_template import Conversation
 from advisor.export.checkpoint import open_checkpoint
+from advisor.export.config_fields import is_tied
+from advisor.export.merged import Layout
 from advisor.export.native import Arrays, run_llama
 from advisor.export.source import Trained, find_trained
 from advisor.export.tokenizer import Vocabulary, read_vocabulary
@@ -121,10 +123,10 @@ def _checks(
     vocabulary = read_vocabulary(Path(trained.tokenizer), Path(trained.base), rows=config["vocab_size"])
     _check_memory(trained)
     on_progress("asking the trained model")
-    context = _context(plan_model(config, own_head=True))
+    tied = is_tied(config)
+    context = plan_model(config, own_head=not tied).context
     questions, reference = _reference(trained, rows, probe_texts(rules, vocabulary), context)
-    tied = bool(config.get("tie_word_embeddings", False))
-    plan = plan_model(config, own_head=not tied or _is_untied(reference))
+    plan = plan_model(config, own_head=not tied or _is_untied(reference, Layout.of(config)))
     early = (
         checks.metadata(plan, vocabulary, file),
         tensors.check_tensors(plan, file, reference, rules.tensors),
@@ -203,14 +205,9 @@ def _ask(
     )
 
 
-def _context(plan: ModelPlan) -> int:
-    """Return how many tokens the file claims to be exact for."""
-    return int(plan.metadata[f"{plan.architecture.gguf}.context_length"])
-
-
-def _is_untied(reference: Reference) -> bool:
+def _is_untied(reference: Reference, layout: Layout) -> bool:
     """Whether training parted the output layer from the embedding."""
-    embedding, head = reference.weights["model.embed_tokens.weight"], reference.weights.get("lm_head.weight")
+    embedding, head = reference.weights[layout.embedding], reference.weights.get(layout.head)
     return head is not None and head.data_ptr() != embedding.data_ptr() and not bool(head.equal(embedding))
 
 

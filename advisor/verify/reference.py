@@ -22,8 +22,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from advisor.errors import ModelError
-from advisor.export.architecture import EMBEDDING, HEAD
 from advisor.export.chat_template import Conversation
+from advisor.export.merged import Layout
 from advisor.export.source import Trained
 from advisor.probe.load import free_cores
 from advisor.verify.bounds import Samples
@@ -218,13 +218,14 @@ def _weights(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Callable[[]
 
 def _live_ends(base: Any) -> dict[str, torch.Tensor]:
     """Return embedding and output layer as used, where an adapter parts them: merging would mix them."""
+    layout = Layout.of({"architectures": [type(base).__name__]})
     inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
     if type(inputs) is torch.nn.Embedding and type(outputs) is torch.nn.Linear:
         return {}
     with torch.inference_mode():
         embedding = inputs(torch.arange(base.config.vocab_size)).float().clone()
         head = outputs(torch.eye(base.config.hidden_size)).float().T.clone()
-    return {EMBEDDING: embedding, HEAD: head}
+    return {layout.embedding: embedding, layout.head: head}
 
 
 def compose(text: str) -> str:

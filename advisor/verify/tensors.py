@@ -12,7 +12,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from advisor.export.architecture import ModelPlan, PlannedTensor, rope_tensor, row_order
+from advisor.export.architecture import ModelPlan, PlannedTensor, factor_tensors, row_order
 from advisor.types import Check
 from advisor.verify.bounds import TensorBounds
 from advisor.verify.contents import Contents
@@ -22,8 +22,8 @@ from advisor.verify.reference import Reference
 def check_tensors(plan: ModelPlan, file: Contents, reference: Reference, bounds: TensorBounds) -> Check:
     """Return whether the set is complete, finite, and each tensor close to what was trained."""
     planned = {tensor.name: tensor for tensor in plan.tensors}
-    rope = rope_tensor(plan)
-    expected = set(planned) | ({rope[0]} if rope else set())
+    factors = factor_tensors(plan)
+    expected = set(planned) | set(factors)
     wrong = [f"{name} is missing" for name in sorted(expected - set(file.tensors))]
     wrong += [f"{name} does not belong there" for name in sorted(set(file.tensors) - expected)]
     worst, worst_name, shares = 0.0, "", list[Share]()
@@ -34,7 +34,7 @@ def check_tensors(plan: ModelPlan, file: Contents, reference: Reference, bounds:
             wrong.append(f"{name} has the shape {file.shape(name)} instead of {tensor.shape}")
             continue
         if tensor is None:
-            loss, share = _vector_loss(file, name, rope), None
+            loss, share = _vector_loss(file, name, factors[name]), None
         else:
             loss, share = _compare(file, tensor, reference)
         bound = bounds.types.get(kind)
@@ -109,8 +109,11 @@ def _compare(file: Contents, tensor: PlannedTensor, reference: Reference) -> tup
     the entries, so that even in four bits a mis-scaled adapter shows.
     """
     want = reference.weight(tensor.origin)
+    want = (want.T if tensor.transposed else want) + np.float32(tensor.offset)
     delta = reference.deltas.get(tensor.origin)
     change = None if delta is None else delta().numpy()
+    if change is not None and tensor.transposed:
+        change = change.T
     order = row_order(tensor.shape[0], tensor.heads) if tensor.heads else np.arange(tensor.shape[0])
     lost = size = along = length = 0.0
     for rows, have in file.parts(tensor.name):
@@ -129,10 +132,8 @@ def _compare(file: Contents, tensor: PlannedTensor, reference: Reference) -> tup
     return loss, Share(name=tensor.name, value=1 + along / length, noise=noise)
 
 
-def _vector_loss(file: Contents, name: str, rope: tuple[str, npt.NDArray[np.float32]] | None) -> float:
-    if rope is None:
-        return math.inf
+def _vector_loss(file: Contents, name: str, want: npt.NDArray[np.float32]) -> float:
     have = np.concatenate([part for _, part in file.parts(name)])
-    if have.shape != rope[1].shape:
+    if have.shape != want.shape:
         return math.inf
-    return float(np.linalg.norm(have - rope[1]) / np.linalg.norm(rope[1]))
+    return float(np.linalg.norm(have - want) / np.linalg.norm(want))

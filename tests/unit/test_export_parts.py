@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from advisor.errors import DiskError, ExportError, ModelError, UnknownNameError
-from advisor.export.adapter import Delta, _scale
+from advisor.export.adapter import _scale
 from advisor.export.architecture import plan_model, row_order
+from advisor.export.changes import Delta
 from advisor.export.chat_template import end_of_turn, is_chatml
 from advisor.export.checkpoint import open_checkpoint, read_json
 from advisor.export.encode import Type, encode_rows, type_for
@@ -61,7 +62,9 @@ def test_llama3_rotation_slows_only_long_waves(folder: Path) -> None:
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
     }  # fmt: skip
-    factors = plan_model(_config(folder, rope_parameters=scaling), own_head=False).rope_factors
+    factors = plan_model(_config(folder, rope_parameters=scaling), own_head=False).factors[
+        "rope_freqs.weight"
+    ]
     assert len(factors) == 32
     assert factors[0] == 1.0
     assert factors[-1] == pytest.approx(8.0)
