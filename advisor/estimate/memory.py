@@ -61,12 +61,12 @@ def _estimate(
 ) -> MemoryEstimate:
     """Add what the device takes, and the band."""
     allocated = _sum(parts)
-    allocator, context = _device(case, allocated)
+    allocator, context, kernels = _device(case, allocated)
     low, high = _width(case)
-    total = allocated + allocator.bytes + context.bytes
+    total = allocated + allocator.bytes + context.bytes + kernels.bytes
     return MemoryEstimate(
         phase=phase,
-        parts=tuple(part for part in (*parts, allocator, context) if part.bytes),
+        parts=tuple(part for part in (*parts, allocator, context, kernels) if part.bytes),
         allocated_bytes=_band(allocated, low, high, 0),
         reserved_bytes=_band(allocated + allocator.bytes, low, high, 0),
         peak_bytes=_band(total, low, high, 0 if case.settings.device == "cpu" else context.bytes),
@@ -266,7 +266,7 @@ def _generation(case: _Case) -> Part:
     return case.part("kv_cache", sequences * (length * each + 8 * shape.vocab), formula)
 
 
-def _device(case: _Case, allocated: int) -> tuple[Part, Part]:
+def _device(case: _Case, allocated: int) -> tuple[Part, Part, Part]:
     facts = case.rules["device"][case.settings.device]
     share = facts[f"fragmentation_{_class(case.settings)}"]
     return (
@@ -282,6 +282,20 @@ def _device(case: _Case, allocated: int) -> tuple[Part, Part]:
             formula="what the process holds before the model",
             source=facts["source"],
         ),
+        _kernels(case.settings, facts),
+    )
+
+
+def _kernels(settings: MemorySettings, facts: dict[str, Any]) -> Part:
+    """Kernels that the CPU library keeps for each row length but the first, which counts as context."""
+    lengths = 0
+    if settings.precision == "bf16" and "kernel_bytes" in facts:
+        lengths = min(-(-settings.seq_len // facts["kernel_step_tokens"]), facts["kernel_lengths"]) - 1
+    return Part(
+        name="kernels",
+        bytes=lengths * facts.get("kernel_bytes", 0),
+        formula=f"{lengths} more row lengths, each with kernels of its own",
+        source=facts["source"],
     )
 
 

@@ -109,7 +109,7 @@ def truncation(case: Case, knowledge: Knowledge) -> Values:
         known = [n for d in named if (n := d.max_tokens or d.p95_tokens)]
         if known and max(known) > length:
             return {"tokens": f"{length:,}", "needed": max(known), "severity": "must"}
-        means = [d.mean_tokens for d in named if d.mean_tokens and not (d.max_tokens or d.p95_tokens)]
+        means = [d.mean_tokens for d in named if d.mean_tokens and not d.max_tokens]
         likely = max(means, default=0) * limit(knowledge, "data", "lengths", "p95_over_mean")
         if likely > length:
             return {"tokens": f"{length:,}", "needed": int(likely)}

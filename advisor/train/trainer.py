@@ -33,7 +33,7 @@ of random lengths 1734 MiB and 24.6 CPU-seconds without, 889 MiB and 22.5 CPU-se
 def pad_multiple(settings: Settings) -> int | None:
     """Return the multiple to which rows are padded, or None where that gains nothing or is not possible."""
     on_cpu = not torch.accelerator.is_available()
-    return PAD_MULTIPLE if on_cpu and settings.precision == "bf16" and not settings.packing else None
+    return PAD_MULTIPLE if on_cpu and settings.precision == "bf16" else None
 
 
 class AnswerTrainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
@@ -55,12 +55,13 @@ class AnswerTrainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         """Return the sum of the token losses divided by `num_items_in_batch`, or by the trained tokens of the
         batch.
 
-        Logits are computed only where at least one row of the batch is trained on.
+        Logits are computed only where at least one row of the batch is trained on, and at up to
+        `PAD_MULTIPLE` - 1 places more, which do not count.
         """
         if return_outputs or not self.plain_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][:, 1:]
-        used = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
+        used = _to_multiple((labels != IGNORED).any(dim=0)).nonzero().squeeze(1)
         rest = {name: value for name, value in inputs.items() if name != "labels"}
         logits = model(**rest, use_cache=False, logits_to_keep=used + self.virtual_tokens).logits
         wanted = labels[:, used]
@@ -88,6 +89,14 @@ class AnswerTrainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         """Write none into the checkpoints folder; the export writes the one that counts."""
 
 
+def _to_multiple(used: torch.Tensor) -> torch.Tensor:
+    """Return the mask [tokens] with the first unused places added until their number is a multiple."""
+    missing = -int(used.sum()) % PAD_MULTIPLE
+    used[(~used).nonzero()[:missing].squeeze(1)] = True
+    return used
+
+
+def mean_token_loss(trainer: AnswerTrainer, rows: Dataset | None, settings: SftSettings) -> float | None:
 def _loses_its_encoder(model: torch.nn.Module) -> bool:
     """PEFT saves what a prompt encoder produces, not the encoder: enough to answer, not to train on."""
     return isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.P_TUNING
