@@ -1,10 +1,15 @@
-"""Blocks the network in the tests and in every process they start; only loopback is allowed."""
+"""Blocks the network in the tests and in every process they start; only loopback is allowed.
+
+Generated cases are the same in every run: a change is judged by what it changed.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+
+import hypothesis
 
 BLOCK = Path(__file__).parent / "blocked"
 sys.path.insert(0, str(BLOCK))
@@ -19,3 +24,5 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 for name in ("FTADVISOR_KB", "HF_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(name, None)
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")

@@ -96,7 +96,6 @@ def _to_multiple(used: torch.Tensor) -> torch.Tensor:
     return used
 
 
-def mean_token_loss(trainer: AnswerTrainer, rows: Dataset | None, settings: SftSettings) -> float | None:
 def _loses_its_encoder(model: torch.nn.Module) -> bool:
     """PEFT saves what a prompt encoder produces, not the encoder: enough to answer, not to train on."""
     return isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.P_TUNING

@@ -55,6 +55,7 @@ def test_killed_full_run_resumes_bit_equal(
         run(folder)
 
     half = folder / "checkpoints" / "checkpoint-8"
+    shutil.rmtree(half, ignore_errors=True)  # what the killed process may have begun
     shutil.copytree(folder / "checkpoints" / "checkpoint-4", half)
     weights = half / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])

@@ -106,7 +106,7 @@ def test_checkpointing_never_raises_the_estimate(model: ModelSpec, settings: Mem
     one = {**_fields(settings), "checkpoint_every": 1}
     on = MemorySettings(**{**one, "gradient_checkpointing": True})
     off = MemorySettings(**{**one, "gradient_checkpointing": False})
-    assert _peak(model, on) <= _peak(model, off) * 1.001
+    assert _peak(model, on) <= _peak(model, off) * 1.001 + 4096
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
