@@ -44,6 +44,7 @@ REASONS = {
     "template_refuses": "the chat template refuses the conversation",
     "nothing_trained": "no token of it is trained on",
     "mixing": "its dataset has more rows than its share of the mixture",
+    "not_one_answer_turn": "it does not hold exactly the judged answers, one turn each",
     "replay": "more earlier data than the share to replay",
 }
 
@@ -95,7 +96,7 @@ class Account(Record, frozen=True, kw_only=True):
 
     def warning(self) -> str:
         """Say what was left out."""
-        return f"Not every row is trained on: {_told(self.left_out, self.examples)}."
+        return f"Not every row is trained on: {told(self.left_out, self.examples)}."
 
 
 class Prepared(Record, frozen=True, kw_only=True):
@@ -118,7 +119,7 @@ class _Item(Record, frozen=True, kw_only=True):
     rendered: Rendered
 
 
-class _Tally:
+class Tally:
     """Counts what is left out, with examples."""
 
     def __init__(self) -> None:
@@ -159,11 +160,11 @@ def prepare(
         raise ModelError(
             "This tokenizer does not tell where its tokens lie in the text.", "Choose another model."
         )
-    tally = _Tally()
+    tally = Tally()
     rows = list(_tokenised(_rendered(datasets, template, tally), tokenizer, settings, tally))
     if not rows:
         raise DataError(
-            f"None of the {tally.read} rows can be trained on: {_told(tally.left_out, tally.examples)}.",
+            f"None of the {tally.read} rows can be trained on: {told(tally.left_out, tally.examples)}.",
             "Plan again with a longer --set max_seq_len=..."
             if tally.left_out.most_common(1)[0][0] == "too_long"
             else "Look at the rows: ftadvisor inspect FILE",
@@ -268,7 +269,7 @@ def by_dataset(rows: list[Row]) -> dict[str, Dataset]:
     return {name: table([row for row in rows if row.dataset == name]) for name in names}
 
 
-def _rendered(datasets: tuple[RecipeDataset, ...], template: Template, tally: _Tally) -> Iterator[_Item]:
+def _rendered(datasets: tuple[RecipeDataset, ...], template: Template, tally: Tally) -> Iterator[_Item]:
     for one in datasets:
         numbered = read_rows(Path(one.path), format=one.format)
         head = list(itertools.islice(numbered, ROWS_TO_INFER_FROM))
@@ -296,7 +297,7 @@ def _rendered(datasets: tuple[RecipeDataset, ...], template: Template, tally: _T
 
 
 def _tokenised(
-    items: Iterator[_Item], tokenizer: PreTrainedTokenizerBase, settings: SftSettings, tally: _Tally
+    items: Iterator[_Item], tokenizer: PreTrainedTokenizerBase, settings: SftSettings, tally: Tally
 ) -> Iterator[Row]:
     while batch := list(itertools.islice(items, BATCH_ROWS)):
         encoded = tokenizer(
@@ -356,7 +357,7 @@ def _labelled(item: _Item, ids: Any, offsets: Any, settings: SftSettings) -> Row
     )
 
 
-def _prompt_differs(item: _Item, row: Row, tokenizer: PreTrainedTokenizerBase, tally: _Tally) -> bool:
+def _prompt_differs(item: _Item, row: Row, tokenizer: PreTrainedTokenizerBase, tally: Tally) -> bool:
     """Tell whether the model would be given other tokens before the last answer than it was trained with."""
     tally.checked += 1
     prompt = tokenizer.encode(item.rendered.prompt, add_special_tokens=False)
@@ -374,7 +375,7 @@ def _sample(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]
     ]
 
 
-def _told(left_out: Mapping[str, int], examples: Mapping[str, list[str]]) -> str:
+def told(left_out: Mapping[str, int], examples: Mapping[str, list[str]]) -> str:
     """Return the reasons with their counts, the most frequent first."""
     return "; ".join(
         f"{count} rows: {REASONS.get(reason, reason)}"

@@ -191,7 +191,10 @@ def settle_ending(tokenizer: PreTrainedTokenizerBase, end: str, *, rows: int) ->
 
 def apply_ending(model: PreTrainedModel, ending: Ending) -> None:
     """Write the end and padding tokens into the model's and the generation configuration."""
-    for config in (model.config.get_text_config(), model.generation_config):
+    configs = [model.config.get_text_config()]
+    if model.can_generate():
+        configs.append(model.generation_config)
+    for config in configs:
         config.eos_token_id = ending.end_id
         config.pad_token_id = ending.pad_id
 

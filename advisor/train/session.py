@@ -15,16 +15,26 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
-from advisor.errors import AdvisorError
+from advisor.errors import AdvisorError, ModelError, RefusedError
 from advisor.run.events import EventWriter, stage_of
 from advisor.storage import file_sha256, read_record
 from advisor.train import checkpoints
+from advisor.train.answers import Template, read_template
 from advisor.train.callbacks import Reporter
 from advisor.train.memory import peak_memory
+from advisor.train.model import (
+    Ending,
+    apply_ending,
+    embedding_rows,
+    load_model,
+    load_tokenizer,
+    settle_ending,
+    start_adapter,
+)
 from advisor.train.process import StopRequest, end_with_parent, report_crashes
-from advisor.train.results import save_result
+from advisor.train.results import WHOLE, save_result
 from advisor.train.settings import Settings
-from advisor.train.tuners import count
+from advisor.train.tuners import count, prepare_model
 from advisor.types import Recipe
 
 CHECKPOINTS, HELDOUT = Path("checkpoints"), Path("heldout.jsonl")
@@ -170,3 +180,60 @@ def trainer_arguments(recipe: Recipe, settings: Settings) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def open_tokenizer(session: Session) -> tuple[PreTrainedTokenizerBase, Template, Ending]:
+    """Load the tokenizer, make its end token the one that ends an answer, and say what had to change."""
+    model = session.recipe.model
+    tokenizer = load_tokenizer(model)
+    template = read_template(tokenizer, model.id)
+    ending = settle_ending(tokenizer, template.end, rows=embedding_rows(model))
+    for change in ending.changed:
+        session.events.write("note", message=f"Tokenizer: {change}.")
+    return tokenizer, template, ending
+
+
+def text_ending(session: Session, tokenizer: PreTrainedTokenizerBase) -> Ending:
+    """Settle the end and padding tokens of plain text: the tokenizer's own end token closes a document.
+
+    Raises:
+        ModelError: the tokenizer has no end token.
+    """
+    model = session.recipe.model
+    if tokenizer.eos_token is None:
+        raise ModelError(f"The tokenizer of {model.id} has no end token.", "Choose another --model.")
+    ending = settle_ending(tokenizer, tokenizer.eos_token, rows=embedding_rows(model))
+    for change in ending.changed:
+        session.events.write("note", message=f"Tokenizer: {change}.")
+    return ending
+
+
+def open_model(
+    session: Session,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    ending: Ending,
+    *,
+    task: str = "CAUSAL_LM",
+) -> Any:
+    """Load the base with exactly the tuner's weights trainable, or go on with an earlier stage's adapter.
+
+    Raises:
+        RefusedError: the earlier stage left whole weights, and this one trains an adapter.
+    """
+    recipe = session.recipe
+    start = start_adapter(recipe.model)
+    if recipe.model.after is not None and start is None and recipe.tuner not in WHOLE:
+        raise RefusedError(
+            f"The stage before left a whole model in {recipe.model.after}; an adapter trained on it would be "
+            "looked for on the original base.",
+            "Use the tuner full for this stage, or an adapter for both.",
+        )
+    labels = 1 if task == "SEQ_CLS" else 0
+    base = load_model(recipe.model, settings, biases=recipe.tuner == "bitfit", labels=labels)
+    apply_ending(base, ending)
+    if start is not None and not labels:
+        session.events.write("note", message=f"Going on with the adapter in {start}, in its own shape.")
+    return prepare_model(
+        base, recipe.tuner, settings, tokenizer=tokenizer, task=task, start=None if labels else start
+    )

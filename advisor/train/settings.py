@@ -69,6 +69,47 @@ class SftSettings(Settings, frozen=True, kw_only=True):
     bottleneck_style: Literal["houlsby", "pfeiffer"] = "houlsby"
 
 
+class CptSettings(Settings, frozen=True, kw_only=True):
+    """One field for each key of recipes/cpt/program.toml."""
+
+    loss_on: Literal["all"] = "all"
+    replay_fraction: float = 0.0
+
+
+class DpoSettings(Settings, frozen=True, kw_only=True):
+    """One field for each key of recipes/dpo/program.toml."""
+
+    beta: float = 0.1
+    dpo_loss: Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "sigmoid_norm"] = "sigmoid"
+    label_smoothing: float = 0.0
+    sft_loss_weight: float = 0.0
+
+
+class KtoSettings(Settings, frozen=True, kw_only=True):
+    """One field for each key of recipes/kto/program.toml."""
+
+    beta: float = 0.1
+    per_step_batch: int | None = None
+    undesirable_over_desirable_weight: float = 1.0
+
+
+class OrpoSettings(Settings, frozen=True, kw_only=True):
+    """One field for each key of recipes/orpo/program.toml."""
+
+    beta: float = 0.1
+
+
+class SimpoSettings(Settings, frozen=True, kw_only=True):
+    """One field for each key of recipes/simpo/program.toml."""
+
+    beta: float = 2.0
+    gamma_beta_ratio: float = 0.5
+
+
+class RewardSettings(Settings, frozen=True, kw_only=True):
+    """One field for each key of recipes/reward/program.toml."""
+
+
 SomeSettings = TypeVar("SomeSettings", bound=Settings)
 
 
@@ -95,6 +136,7 @@ def read_settings(recipe: Recipe, kind: type[SomeSettings], *, cuda: bool) -> So
         *_batches(settings),
         *_formats(recipe.tuner, settings, cuda=cuda),
         *_tuners(recipe.tuner, recipe.objective, settings),
+        *(_marks(settings) if isinstance(settings, KtoSettings) else ()),
     )
     for wrong, message, remedy in conflicts:
         if wrong:
@@ -124,6 +166,21 @@ def _batches(settings: Settings) -> tuple[Conflict, ...]:
             settings.packing and settings.attention == "eager",
             "packing with eager attention lets packed rows see each other.",
             "Set attention: sdpa, or packing: false.",
+        ),
+    )
+
+
+def _marks(settings: KtoSettings) -> tuple[Conflict, ...]:
+    return (
+        (
+            settings.micro_batch < 2,
+            "kto estimates how far the model has moved from the other answers of a batch; one row has none.",
+            "Set micro_batch: 2 or more.",
+        ),
+        (
+            settings.per_step_batch not in (None, settings.micro_batch),
+            f"per_step_batch {settings.per_step_batch} is not micro_batch {settings.micro_batch}.",
+            "Set both to the same number.",
         ),
     )
 
@@ -165,6 +222,11 @@ def _formats(tuner: str, settings: Settings, *, cuda: bool) -> tuple[Conflict, .
 
 def _tuners(tuner: str, objective: str, settings: Settings) -> tuple[Conflict, ...]:
     return (
+        (
+            settings.packing and objective not in ("sft", "cpt"),
+            f"packing is not possible with {objective}: answers are compared row by row.",
+            "Set packing: false.",
+        ),
         (
             settings.packing and tuner in VIRTUAL,
             f"packing puts the virtual tokens of {tuner} before the first of several rows only, so the "

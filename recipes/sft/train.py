@@ -26,20 +26,20 @@ import torch
 from trl import SFTConfig
 
 from advisor.storage import write_atomic
-from advisor.train.answers import read_template
 from advisor.train.data import prepare
-from advisor.train.model import (
-    apply_ending,
-    embedding_rows,
-    load_model,
-    load_tokenizer,
-    settle_ending,
-    start_adapter,
+from advisor.train.session import (
+    HELDOUT,
+    Session,
+    carry_out,
+    leave,
+    open_model,
+    open_tokenizer,
+    run_program,
+    trainer_arguments,
 )
-from advisor.train.session import HELDOUT, Session, carry_out, leave, run_program, trainer_arguments
 from advisor.train.settings import SftSettings, read_settings
 from advisor.train.trainer import AnswerTrainer, heldout_figures, pad_multiple, virtual_tokens
-from advisor.train.tuners import prepare_model, trained_to_fp32
+from advisor.train.tuners import trained_to_fp32
 
 
 def train(session: Session) -> int:
@@ -48,11 +48,7 @@ def train(session: Session) -> int:
     settings = read_settings(recipe, SftSettings, cuda=torch.cuda.is_available())
 
     # The end of a turn: the template's token is the end token everywhere, so that the model learns to stop.
-    tokenizer = load_tokenizer(recipe.model)
-    template = read_template(tokenizer, recipe.model.id)
-    ending = settle_ending(tokenizer, template.end, rows=embedding_rows(recipe.model))
-    for change in ending.changed:
-        events.write("note", message=f"Tokenizer: {change}.")
+    tokenizer, template, ending = open_tokenizer(session)
 
     # The data: labels on answers only, counted and shown before the first step.
     data = prepare(recipe.datasets, tokenizer, template, settings)
@@ -63,11 +59,7 @@ def train(session: Session) -> int:
         events.write("warning", message=data.account.warning())
 
     # The model, and what of it moves.
-    base = load_model(recipe.model, settings, biases=recipe.tuner == "bitfit")
-    apply_ending(base, ending)
-    model = prepare_model(
-        base, recipe.tuner, settings, tokenizer=tokenizer, start=start_adapter(recipe.model)
-    )
+    model = open_model(session, settings, tokenizer, ending)
     trainer = AnswerTrainer(
         model=model,
         args=SFTConfig(

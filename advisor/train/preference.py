@@ -1,0 +1,228 @@
+"""Trainers for judged answers: TRL's for DPO, KTO and reward models, our own two losses without a reference.
+
+Goes in: rows that are tokens already. Comes out: trainers; margins and accuracies on rows that are not
+trained on. Never does: tokenise; keep a second copy of the weights (the reference's log-probabilities are
+computed once, before the first step)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+import torch
+from datasets import Dataset
+from torch.nn import functional
+from transformers import Trainer
+from trl import DPOTrainer, KTOTrainer, RewardTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from advisor.train.model import DTYPES
+from advisor.train.pairs import Judged
+from advisor.train.settings import Settings
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From the log-probabilities of the chosen and rejected answers (batch,) and their lengths (batch,) to the
+loss."""
+
+
+class ReadyRows:
+    """For TRL's trainers: the rows are tokens with verified borders, so nothing is prepared any more."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none into the checkpoints folder; the export writes the one that counts."""
+
+
+class ReadyDpoTrainer(ReadyRows, DPOTrainer):  # type: ignore[misc]  # trl is not typed
+    """DPOTrainer for rows that are tokens."""
+
+
+class ReadyKtoTrainer(ReadyRows, KTOTrainer):  # type: ignore[misc]  # trl is not typed
+    """KTOTrainer for rows that are tokens, in batches that are made already."""
+
+
+class ReadyRewardTrainer(ReadyRows, RewardTrainer):  # type: ignore[misc]  # trl is not typed
+    """RewardTrainer for rows that are tokens."""
+
+
+class PairTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
+    """Trains on pairs with a loss of their log-probabilities alone."""
+
+    def __init__(self, *, pair_loss: Loss, pad_id: int, **rest: Any) -> None:
+        super().__init__(data_collator=DataCollatorForPreference(pad_token_id=pad_id), **rest)
+        self.pair_loss = pair_loss
+        # The loss is a mean over pairs, so the trainer must divide it by the accumulated batches.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,  # noqa: FBT001, FBT002 - the signature of transformers
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return the mean loss of the pairs."""
+        sums, lengths = answer_logps(model, inputs)
+        (chosen, rejected), (long, short) = sums.chunk(2), lengths.chunk(2)
+        return self.pair_loss(chosen, rejected, long, short)
+
+
+def answer_logps(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed log-probability of each answer (2 x batch,) and its number of tokens."""
+    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
+    logits = model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
+    # Only where an answer is: a whole row of fp32 logits would be several times the size of everything else.
+    picked = functional.cross_entropy(logits[mask].float(), ids[:, 1:][mask], reduction="none")
+    each = torch.zeros(mask.shape, dtype=picked.dtype, device=picked.device).masked_scatter(mask, -picked)
+    return each.sum(1), mask.sum(1)
+
+
+def orpo_loss(beta: float) -> Loss:
+    """Return SFT loss on the chosen answers plus `beta` times the odds ratio term. Source: orpo-readme."""
+
+    def loss(
+        chosen: torch.Tensor, rejected: torch.Tensor, long: torch.Tensor, short: torch.Tensor
+    ) -> torch.Tensor:
+        better, worse = chosen / long, rejected / short
+        odds = better - worse - (torch.log1p(-better.exp()) - torch.log1p(-worse.exp()))
+        return -(chosen.sum() / long.sum()) - beta * functional.logsigmoid(odds).mean()
+
+    return loss
+
+
+def simpo_loss(beta: float, gamma: float) -> Loss:
+    """Return the loss of the length-normalised margin beyond `gamma`. Source: simpo-readme."""
+
+    def loss(
+        chosen: torch.Tensor, rejected: torch.Tensor, long: torch.Tensor, short: torch.Tensor
+    ) -> torch.Tensor:
+        return -functional.logsigmoid(beta * (chosen / long - rejected / short) - gamma).mean()
+
+    return loss
+
+
+def marked_figures(
+    trainer: Any, rows: Iterable[Judged], settings: Settings, *, pad_id: int, beta: float
+) -> Callable[[], dict[str, float | None]]:
+    """Return what measures marked answers that are not trained on: the mean reward of good ones minus that of
+    bad ones.
+
+    Args:
+        trainer: holds the model, not trained yet.
+        rows: marked answers.
+        settings: of the recipe.
+        pad_id: the padding token.
+        beta: rewards are beta times the change of the log-probability.
+    """
+    good, bad = (
+        HeldOutPairs(trainer, [_twice(row) for row in rows if row.good is mark], settings, pad_id=pad_id)
+        for mark in (True, False)
+    )
+
+    def measure() -> dict[str, float | None]:
+        up, down = (one.change() for one in (good, bad))
+        if not len(up) or not len(down):
+            return {"loss": None}
+        margin = beta * (up.mean() - down.mean())
+        return {
+            "loss": float(-functional.logsigmoid(margin)), "margin": float(margin),
+            "good_reward": float(beta * up.mean()), "bad_reward": float(beta * down.mean()),
+        }  # fmt: skip
+
+    return measure
+
+
+def _twice(row: Judged) -> Judged:
+    """A marked answer in the form of a pair, so that one piece of code scores both."""
+    return msgspec.structs.replace(row, rejected=row.chosen)
+
+
+class HeldOutPairs:
+    """Judges pairs that are not trained on: how often, and by how much, the chosen answer is preferred."""
+
+    def __init__(
+        self, trainer: Any, rows: Iterable[Judged], settings: Settings, *, pad_id: int, beta: float = 1.0
+    ) -> None:
+        """Remember what the model says of the pairs now, before it is trained.
+
+        Args:
+            trainer: holds the model.
+            rows: the pairs.
+            settings: micro_batch and precision are read.
+            pad_id: the padding token.
+            beta: margins are told in units of the reward, beta times the log-ratio.
+        """
+        self._trainer, self._settings, self._beta = trainer, settings, beta
+        self._rows = [
+            {"prompt_ids": row.prompt, "chosen_ids": row.chosen, "rejected_ids": row.rejected} for row in rows
+        ]
+        self._collate = DataCollatorForPreference(pad_token_id=pad_id)
+        self._before = self._logps()
+
+    def __call__(self) -> dict[str, float | None]:
+        """Return loss, accuracy and margin of the change since the beginning."""
+        if not self._rows:
+            return {"loss": None}
+        now = self._logps()
+        margins = self._beta * ((now[0] - self._before[0]) - (now[1] - self._before[1]))
+        plain = now[0] - now[1]
+        return {
+            "loss": float(-functional.logsigmoid(margins).mean()),
+            "margin": float(margins.mean()),
+            "accuracy": float((margins > 0).float().mean()),
+            "preferred": float((plain > 0).float().mean()),
+        }
+
+    def change(self) -> torch.Tensor:
+        """Return by how much the log-probability of each chosen answer has changed, (rows,)."""
+        return self._logps()[0] - self._before[0]
+
+    def _logps(self) -> torch.Tensor:
+        parts = [answer_logps(self._trainer.model, batch)[0].view(2, -1) for batch in self._batches()]
+        return torch.cat(parts, dim=1).float().cpu() if parts else torch.zeros(2, 0)
+
+    def _batches(self) -> Iterable[dict[str, Any]]:
+        model = self._trainer.model
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        enabled = self._settings.precision != "fp32"
+        dtype = DTYPES[self._settings.precision]
+        size = self._settings.micro_batch
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
+            for start in range(0, len(self._rows), size):
+                batch = self._collate(self._rows[start : start + size])
+                yield {name: value.to(device) for name, value in batch.items()}
+        model.train(was_training)
+
+
+def reward_figures(trainer: Any, rows: list[Judged], settings: Settings) -> dict[str, float | None]:
+    """Return loss, accuracy and margin of a reward model on pairs."""
+    if not rows:
+        return {"loss": None}
+    model = trainer.model
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    margins = []
+    enabled = settings.precision != "fp32"
+    with torch.no_grad(), torch.autocast(device.type, dtype=DTYPES[settings.precision], enabled=enabled):
+        for start in range(0, len(rows), settings.micro_batch):
+            part = rows[start : start + settings.micro_batch]
+            table = [
+                {"chosen_ids": row.prompt + row.chosen, "rejected_ids": row.prompt + row.rejected}
+                for row in part
+            ]
+            batch = {name: value.to(device) for name, value in trainer.data_collator(table).items()}
+            chosen, rejected = model(**batch, use_cache=False).logits.float().squeeze(-1).chunk(2)
+            margins.append(chosen - rejected)
+    model.train(was_training)
+    found = torch.cat(margins)
+    return {
+        "loss": float(-functional.logsigmoid(found).mean()),
+        "accuracy": float((found > 0).float().mean()),
+        "margin": float(found.mean()),
+    }

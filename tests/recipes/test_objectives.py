@@ -1,0 +1,217 @@
+"""Every objective beside SFT on a tiny model: it learns what it should, and a resumed run ends in the same
+bits."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from advisor.errors import RefusedError
+from advisor.resources import recipes_dir
+from advisor.storage import read_record
+from advisor.types import Program, Recipe
+from training import COLOURS, THINGS, events_of, make_run, run_here, write_rows
+
+torch = pytest.importorskip("torch")
+
+from advisor.train import settings as records  # noqa: E402 - after the check that torch is installed
+from advisor.train.preference import orpo_loss, simpo_loss  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
+]
+ROOT = Path(__file__).parent.parent.parent
+RECORDS = {
+    "sft": records.SftSettings, "cpt": records.CptSettings, "dpo": records.DpoSettings,
+    "kto": records.KtoSettings, "orpo": records.OrpoSettings, "simpo": records.SimpoSettings,
+    "reward": records.RewardSettings,
+}  # fmt: skip
+MORE: dict[str, dict[str, Any]] = {"kto": {"beta": 0.1}, "cpt": {"loss_on": "all"}, "dpo": {"beta": 0.1}}
+PAIRED = ("dpo", "orpo", "simpo", "reward")
+
+
+def judged() -> list[dict[str, Any]]:
+    """Pairs whose better answer is the polite one."""
+    return [
+        {
+            "prompt": f"Is the {thing} {colour}?",
+            "chosen": f"Yes, please see the {colour} {thing}.",
+            "rejected": f"No. Go away, {colour} {thing}.",
+        }
+        for colour in COLOURS
+        for thing in THINGS
+    ]
+
+
+def marked() -> list[dict[str, Any]]:
+    """The same answers one by one, with thumbs."""
+    return [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row in judged()
+        for name in ("chosen", "rejected")
+    ]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """Data by objective, with its kind."""
+    place = tmp_path_factory.mktemp("judged")
+    pairs = write_rows(place / "pairs.jsonl", judged())
+    thumbs = write_rows(place / "thumbs.jsonl", marked())
+    text = write_rows(place / "text.jsonl", [{"text": row["chosen"] * 3} for row in judged()])
+    return {
+        **dict.fromkeys(PAIRED, (pairs, "preference")),
+        "kto": (thumbs, "unpaired_preference"),
+        "cpt": (text, "raw_text"),
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, files: Any) -> Any:
+    """Runs by objective and tuner, made when first asked for."""
+    place, made = tmp_path_factory.mktemp("objectives"), dict[tuple[str, str], Path]()
+
+    def get(objective: str, tuner: str = "lora") -> Path:
+        key = (objective, tuner)
+        if key not in made:
+            data, kind = files[objective]
+            made[key] = make_run(
+                place / f"{objective}-{tuner}", tuner=tuner, model=tiny_model, data=data, kind=kind,
+                objective=objective, keep_checkpoints=3, weight_bits=32,
+                learning_rate=1e-3 if tuner == "full" else 1e-2, **MORE.get(objective, {}),
+            )  # fmt: skip
+            assert run_here(made[key]) == 0, events_of(made[key], "error")
+        return made[key]
+
+    return get
+
+
+def heldout(folder: Path) -> dict[str, dict[str, Any]]:
+    """What was measured on rows that were not trained on, by time."""
+    return {event["when"]: event for event in events_of(folder, "heldout")}
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "kto", "reward", "cpt"])
+def test_it_learns_what_it_should(done: Any, objective: str, tuner: str) -> None:
+    """On prompts that were never trained on, the better answers gain on the worse ones."""
+    found = heldout(done(objective, tuner))
+    assert found["after"]["loss"] < 0.98 * found["before"]["loss"]
+    if objective != "cpt":
+        assert found["after"]["margin"] > found["before"]["margin"] + 0.02
+    if objective in PAIRED:
+        assert found["after"]["accuracy"] >= 0.75
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto", "reward"])
+def test_it_resumes_exactly(done: Any, objective: str, tmp_path: Path) -> None:
+    """From the checkpoint of step 4 on, the same bits; also the reference is the one of the beginning."""
+    tuner = "full" if objective == "dpo" else "lora"
+    whole, folder = done(objective, tuner), tmp_path / "run"
+    shutil.copytree(whole, folder)
+    name = "model" if tuner == "full" else "adapter"
+    for gone in (folder / name, *(folder / "checkpoints" / f"checkpoint-{step}" for step in (8, 10))):
+        shutil.rmtree(gone)
+    assert run_here(folder) == 0
+    file = "model.safetensors" if tuner == "full" else "adapter_model.safetensors"
+    first, second = load_file(whole / name / file), load_file(folder / name / file)
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("objective", sorted(RECORDS))
+def test_every_accepted_key_is_read(objective: str) -> None:
+    """program.toml and the settings record name the same keys, and each key means the same everywhere."""
+    toml = tomllib.loads((recipes_dir() / objective / "program.toml").read_text())
+    program, record = msgspec.convert(toml, Program), RECORDS[objective]
+    assert set(program.keys) == set(record.__struct_fields__)
+    required = {field.name for field in msgspec.structs.fields(record) if field.required}
+    assert {name for name, key in program.keys.items() if key.required} == required
+    sources = [*(ROOT / "advisor" / "train").glob("*.py"), recipes_dir() / objective / "train.py"]
+    read = {
+        node.attr
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    assert set(record.__struct_fields__) - read == set()
+    sft = msgspec.convert(tomllib.loads((recipes_dir() / "sft" / "program.toml").read_text()), Program)
+    for name, key in program.keys.items():
+        assert key.doc.endswith("."), name
+        if name in sft.keys and name != "loss_on":
+            assert (key.type, key.low, key.high) == (
+                sft.keys[name].type,
+                sft.keys[name].low,
+                sft.keys[name].high,
+            )
+
+
+def test_accumulated_batches_are_one_batch(files: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """ORPO and SimPO with two halves accumulated begin with the same loss and gradient as in one batch."""
+    data, kind = files["simpo"]
+    found = []
+    for micro in (8, 4):
+        folder = make_run(
+            tmp_path / str(micro), tuner="full", model=tiny_model, data=data, kind=kind, objective="simpo",
+            micro_batch=micro, max_steps=1, heldout_fraction=0.0,
+        )  # fmt: skip
+        assert run_here(folder) == 0
+        found.append(events_of(folder, "step")[0])
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-4)
+    assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-3)
+
+
+def test_losses_without_a_reference_by_hand() -> None:
+    """ORPO and SimPO against their formulas on two pairs."""
+    chosen, rejected = torch.tensor([-2.0, -6.0]), torch.tensor([-4.0, -3.0])
+    long, short = torch.tensor([2, 3]), torch.tensor([4, 3])
+    better, worse = np.array([-1.0, -2.0]), np.array([-1.0, -1.0])
+    margin = 2.0 * (better - worse) - 1.0
+    assert float(simpo_loss(2.0, 1.0)(chosen, rejected, long, short)) == pytest.approx(
+        np.mean(np.log1p(np.exp(-margin)))
+    )
+    odds = [np.log(np.exp(x) / (1 - np.exp(x))) for x in (better, worse)]
+    wanted = 8 / 5 + 0.1 * np.mean(np.log1p(np.exp(-(odds[0] - odds[1]))))
+    assert float(orpo_loss(0.1)(chosen, rejected, long, short)) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "tuner", "changes", "word"),
+    [
+        ("dpo", "lora", {"lora_init": "pissa", "weight_bits": 32}, "compares with the model without"),
+        ("kto", "lora", {"lora_init": "pissa", "weight_bits": 32}, "compares with the model without"),
+        ("kto", "lora", {"micro_batch": 1}, "one row has none"),
+        ("kto", "lora", {"per_step_batch": 8}, "is not micro_batch"),
+        ("dpo", "lora", {"packing": True, "micro_batch": 1}, "row by row"),
+    ],
+)
+def test_what_would_be_silently_wrong_cannot_be_run(
+    objective: Any, tuner: str, changes: dict[str, Any], word: str, tmp_path: Path
+) -> None:
+    """Refused before a model is loaded, with what to do instead."""
+    folder = make_run(
+        tmp_path / "run", tuner=tuner, model=tmp_path, data=tmp_path, objective=objective, **changes
+    )
+    with pytest.raises(RefusedError, match=word) as caught:
+        records.read_settings(read_record(folder / "recipe.yaml", Recipe), RECORDS[objective], cuda=False)
+    assert caught.value.remedy
+
+
+def test_answers_without_a_comparison_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """Marks that are all the same teach no difference; pairs of one answer are counted out."""
+    data = write_rows(tmp_path / "data.jsonl", [row for row in marked() if row["label"]])
+    folder = make_run(
+        tmp_path / "run", tuner="lora", model=tiny_model, data=data, kind="unpaired_preference",
+        objective="kto",
+    )  # fmt: skip
+    assert run_here(folder) == 1
+    assert "same mark" in events_of(folder, "error")[0]["message"]
