@@ -90,7 +90,8 @@ def slow(case: Case, knowledge: Knowledge) -> Values:
             "severity": "must",
             "detail": f"about {format_seconds(seconds)}, and {allowed:g} hours are allowed",
         }
-    if case.situation.machine.device in ("cpu", "mps"):
+    patience = 60 * limit(knowledge, "choice", "fit", "slow_minutes_without_gpu")
+    if case.situation.machine.device in ("cpu", "mps") and seconds > patience:
         return {"detail": f"about {format_seconds(seconds)} on {case.situation.machine.name}"}
     if fitted and (fitted.layout.offload or (fitted.layout.shard != "none" and case.tuner == "qlora")):
         return {

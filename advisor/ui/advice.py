@@ -14,7 +14,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from advisor.types import Candidate, Plan, PlanWarning, Stage
-from advisor.ui.render import band_of_bytes, band_of_seconds, bullets, columns, mark, pairs
+from advisor.ui.render import band_of_bytes, band_of_seconds, bullets, columns, findings, mark, pairs
 from advisor.units import format_bytes, format_count
 
 MAIN_SETTINGS = frozenset({
@@ -35,6 +35,10 @@ def plan(made: Plan, *, expert: bool = False) -> RenderableType:
     parts: list[RenderableType] = [_headline(made)]
     if made.assumptions:
         parts += [Rule("Understood", align="left", style="quiet"), bullets(made.assumptions)]
+    for profile in made.datasets:
+        wrong = [finding for finding in profile.findings if finding.severity != "info"]
+        if wrong:
+            parts += [Rule(f"Data: {profile.name}", align="left", style="quiet"), findings(wrong)]
     for number, stage in enumerate(made.stages, start=1):
         parts.append(_stage(stage, number, len(made.stages), expert=expert))
     if made.export:
