@@ -189,4 +189,4 @@ def _alternating(fields: dict[str, Any], architecture: Architecture) -> int | No
             f"{period}th layer of {architecture.gguf} attends to everything.",
             _MERGED,
         )
-    return int(window)
+    return int(fields["sliding_window"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -81,8 +82,11 @@ def contents(tensors: Iterable[tuple[tuple[int, ...], Type]]) -> Contents:
 
 def planned_contents(plan: ModelPlan, quant: str) -> Contents:
     """Return what a directly written file will hold."""
-    factors = [((len(values),), Type.F32) for values in plan.factors.values()]
-    return contents([(tensor.shape, planned_type(quant, tensor)) for tensor in plan.tensors] + factors)
+    found: list[tuple[tuple[int, ...], Type]] = [
+        (tensor.shape, planned_type(quant, tensor)) for tensor in plan.tensors
+    ]
+    found += [((len(values),), Type.F32) for values in plan.factors.values()]
+    return contents(found)
 
 
 def planned_type(quant: str, tensor: PlannedTensor) -> Type:
@@ -109,7 +113,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, plan.architecture.gguf)
     try:
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(name)
+        writer.add_name(_name(name, vocabulary))
         writer.add_file_type(_file_type(quant))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_metadata(writer, plan)
@@ -133,6 +137,17 @@ def write_gguf(
     finally:
         writer.close()
     return planned_contents(plan, quant)
+
+
+def _name(name: str, vocabulary: Vocabulary) -> str:
+    """Return a name that makes llama.cpp treat special tokens as the tokenizer does."""
+    names = rules().stripping.names
+    told = any(word in name.lower() for word in names)
+    if vocabulary.strips:
+        return name if told else f"{names[0]} {name}"
+    for word in names:
+        name = re.sub(re.escape(word), " ".join(re.findall("[a-z]+|[0-9]+", word)), name, flags=re.IGNORECASE)
+    return name
 
 
 def encode_dtype(kind: Type) -> str:
@@ -191,7 +206,13 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(list(vocabulary.tokens))
     writer.add_token_types(list(vocabulary.types))
-    writer.add_token_merges(list(vocabulary.merges))
+    if vocabulary.scores:
+        writer.add_token_scores(list(vocabulary.scores))
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    else:
+        writer.add_token_merges(list(vocabulary.merges))
+    if vocabulary.scores and vocabulary.unknown is not None:
+        writer.add_unk_token_id(vocabulary.unknown)
     writer.add_eos_token_id(vocabulary.eos)
     writer.add_eot_token_id(vocabulary.eot)
     if vocabulary.bos is not None:

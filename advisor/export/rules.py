@@ -107,6 +107,17 @@ class EndTokens(Record, frozen=True, kw_only=True):
     checked: str
 
 
+class Stripping(Record, frozen=True, kw_only=True):
+    """The one case in which llama.cpp lets special tokens swallow the spaces after them."""
+
+    names: tuple[str, ...]
+    """A model whose name holds one of these, in lower case."""
+    always: tuple[str, ...]
+    never: tuple[str, ...]
+    source: str
+    checked: str
+
+
 class ConfigFields(Record, frozen=True, kw_only=True):
     """What may stand in a checkpoint without changing what it computes."""
 
@@ -122,6 +133,7 @@ class Rules(Record, frozen=True, kw_only=True):
     quantisations: Quantisations
     end_tokens: EndTokens
     config: ConfigFields
+    stripping: Stripping
     architectures: dict[str, Architecture]
     pre_tokenizers: dict[str, PreTokenizer]
 

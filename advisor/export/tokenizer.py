@@ -1,4 +1,4 @@
-"""Turns a trained byte-level BPE tokenizer into the fields of a GGUF file.
+"""Turns a trained BPE tokenizer, byte-level or SentencePiece-style, into the fields of a GGUF file.
 
 Goes in: tokenizer.json, tokenizer_config.json, the chat template. Comes out: `Vocabulary`. Never does:
 guess a pre-tokenizer; drop a step that llama.cpp lacks without saying so.
@@ -15,11 +15,13 @@ from advisor.errors import ExportError, ModelError
 from advisor.export.chat_template import Conversation, end_of_turn, read_template, render, token_text
 from advisor.export.checkpoint import optional_json, read_json
 from advisor.export.rules import rules
+from advisor.export.sentencepiece import read_pieces
 from advisor.templates import strip_generation_markers
 from advisor.types import Record
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = (
-    int(getattr(gguf.TokenType, name)) for name in ("NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "UNUSED")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
+    int(getattr(gguf.TokenType, name))
+    for name in ("NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "UNUSED", "BYTE")
 )
 _REMEDY = "This tokenizer cannot be a GGUF; export --to merged and run it with transformers or vLLM."
 
@@ -31,7 +33,13 @@ class Vocabulary(Record, frozen=True, kw_only=True):
     pre: str
     tokens: tuple[str, ...]
     types: tuple[int, ...]
-    merges: tuple[str, ...]
+    merges: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    """SentencePiece-style: the higher, the earlier merged."""
+    add_space_prefix: bool = False
+    unknown: int | None = None
+    strips: bool = False
+    """Special tokens swallow the spaces after them."""
     bos: int | None
     eos: int
     pad: int | None
@@ -70,9 +78,10 @@ def read_vocabulary(tokenizer: Path, model: Path, *, rows: int) -> Vocabulary:
             "Load the tokenizer with transformers and save_pretrained it.",
         )
     data, settings = read_json(path), optional_json(tokenizer / "tokenizer_config.json")
-    pre = _pre_tokenizer(data)
-    normaliser, notes = _normaliser(data.get("normalizer"))
-    tokens, types = _tokens(data, rows)
+    pieces = read_pieces(data)
+    pre = _pre_tokenizer(data) if pieces is None else "default"
+    normaliser, notes = _normaliser(data.get("normalizer")) if pieces is None else (None, ())
+    tokens, types = _tokens(data, rows, bytewise=pieces is not None)
     ids = {text: i for i, text in enumerate(tokens)}
     template = read_template(tokenizer)
     plain = None if template is None else strip_generation_markers(template)
@@ -89,7 +98,11 @@ def read_vocabulary(tokenizer: Path, model: Path, *, rows: int) -> Vocabulary:
         add_bos = False
         notes += (f"{starts} is not put before a prompt by itself: the chat template was trained without it",)
     return Vocabulary(
-        model="gpt2", pre=pre, tokens=tokens, types=types, merges=_merges(data), bos=bos, eos=end_ids[0],
+        model="gpt2" if pieces is None else "llama", pre=pre, tokens=tokens, types=types,
+        merges=_merges(data) if pieces is None else (),
+        scores=() if pieces is None else tuple(map(pieces.score, tokens)),
+        add_space_prefix=pieces is not None and pieces.add_space_prefix,
+        unknown=ids.get(data["model"].get("unk_token") or ""), strips=_strips(data), bos=bos, eos=end_ids[0],
         pad=_special(settings, "pad_token", ids), eot=_end_slot(end_ids, tokens), end_ids=end_ids,
         add_bos=add_bos, add_eos=ends is not None, chat_template=plain, normaliser=normaliser, notes=notes,
     )  # fmt: skip
@@ -137,13 +150,38 @@ def _end_slot(end_ids: tuple[int, ...], tokens: tuple[str, ...]) -> int:
     return strange[0] if strange else end_ids[0]
 
 
-def _tokens(data: dict[str, Any], rows: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _strips(data: dict[str, Any]) -> bool:
+    """Whether special tokens swallow the spaces after them, as llama.cpp lets them in Phi-3.
+
+    Raises:
+        ExportError: some do and others do not, in another way.
+    """
+    facts = rules().stripping
+    added = {token["content"]: bool(token.get("rstrip")) for token in data.get("added_tokens", [])}
+    special = {token["content"] for token in data.get("added_tokens", []) if token.get("special")}
+    if not any(added.values()):
+        return False
+    usual = {text: text not in facts.never and (text in special or text in facts.always) for text in added}
+    named = set(facts.never) | set(facts.always)
+    differing = sorted(text for text in added if added[text] != usual[text])
+    missing = sorted(named - set(data["model"]["vocab"]) - set(added))
+    if differing or missing:
+        raise ExportError(
+            f"The token {(differing or missing)[0]!r} is matched with rstrip otherwise than in llama.cpp.",
+            _REMEDY,
+        )
+    return True
+
+
+def _tokens(data: dict[str, Any], rows: int, *, bytewise: bool) -> tuple[tuple[str, ...], tuple[int, ...]]:
     vocab: dict[str, int] = data["model"]["vocab"]
     added = data.get("added_tokens", [])
     texts: dict[int, str] = {i: text for text, i in vocab.items()}
     types = dict.fromkeys(texts, NORMAL)
+    if bytewise:
+        types |= {vocab[f"<0x{value:02X}>"]: BYTE for value in range(256)}
     for token in added:
-        strict = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
+        strict = [flag for flag in ("single_word", "lstrip") if token.get(flag)]
         if strict:
             raise ExportError(
                 f"The token {token['content']!r} is matched with {', '.join(strict)}; llama.cpp does not.",
@@ -151,6 +189,9 @@ def _tokens(data: dict[str, Any], rows: int) -> tuple[tuple[str, ...], tuple[int
             )
         texts[token["id"]] = token["content"]
         types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
+    unknown = vocab.get(data["model"].get("unk_token") or "")
+    if bytewise and unknown is not None:
+        types[unknown] = UNKNOWN
     if max(texts) >= rows:
         raise ModelError(
             f"The tokenizer has a token with id {max(texts)}, but the embedding has only {rows} rows.",
@@ -177,7 +218,9 @@ def _pre_tokenizer(data: dict[str, Any]) -> str:
     ]
     if kind != "BPE" or model.get("byte_fallback") or odd:
         what = kind if kind != "BPE" else "BPE with " + ", ".join(odd or ["byte fallback"])
-        raise ExportError(f"The tokenizer is {what}; byte-level BPE can be exported here.", _REMEDY)
+        raise ExportError(
+            f"The tokenizer is {what}; BPE can be exported here, byte-level or with byte fallback.", _REMEDY
+        )
     steps, pattern = _steps(data.get("pre_tokenizer"))
     for name, facts in rules().pre_tokenizers.items():
         if facts.steps == steps and facts.pattern == pattern:

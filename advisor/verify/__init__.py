@@ -30,7 +30,7 @@ from advisor.probe.host import memory
 from advisor.storage import write_json
 from advisor.types import Check, Verification
 from advisor.units import format_bytes
-from advisor.verify.bounds import VerifyRules, verify_rules
+from advisor.verify.bounds import VerifyRules, logit_bounds, verify_rules
 from advisor.verify.contents import Contents, DamagedError, read_contents
 from advisor.verify.samples import heldout_rows, probe_texts, read_conversations
 
@@ -152,9 +152,7 @@ def _late(
     """Judge what llama.cpp answered."""
     from advisor.verify import checks
 
-    bounds = (
-        rules.logits.get(file.quant) or rules.logits[max(rules.logits, key=lambda k: rules.logits[k].kl_mean)]
-    )
+    bounds = logit_bounds(rules, file.quant, plan.architecture.activation[0])
     count = len(questions.texts)
     got = [arrays[str(number)] for number in range(len(reference.sequences))]
     logits = checks.logits(reference.logits, got, bounds)

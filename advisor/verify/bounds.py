@@ -40,6 +40,16 @@ class LogitBounds(Record, frozen=True, kw_only=True):
     checked: str
 
 
+class GeluBounds(Record, frozen=True, kw_only=True):
+    """What llama.cpp's table of the GELU function costs, whatever the quantisation."""
+
+    kl_mean: float
+    kl_max: float
+    max_delta: float
+    source: str
+    checked: str
+
+
 class Probe(Record, frozen=True, kw_only=True):
     """Texts that show differences between tokenizers, and questions to answer."""
 
@@ -63,8 +73,23 @@ class VerifyRules(Record, frozen=True, kw_only=True):
 
     samples: Samples
     logits: dict[str, LogitBounds]
+    gelu: GeluBounds
     tensors: TensorBounds
     probe: Probe
+
+
+def logit_bounds(rules: VerifyRules, quant: str, activation: str) -> LogitBounds:
+    """Return the bounds of a quantisation; those of the loosest one where it is not known."""
+    found = rules.logits.get(quant) or max(rules.logits.values(), key=lambda bounds: bounds.kl_mean)
+    if not activation.startswith("gelu"):
+        return found
+    table = rules.gelu
+    return msgspec.structs.replace(
+        found,
+        kl_mean=max(found.kl_mean, table.kl_mean),
+        kl_max=max(found.kl_max, table.kl_max),
+        max_delta=max(found.max_delta, table.max_delta),
+    )
 
 
 @functools.cache

@@ -137,11 +137,17 @@ def metadata(plan: ModelPlan, vocabulary: Vocabulary, file: Contents) -> Check:
         )
         if not same:
             wrong.append(f"{key} is {have!r}, trained {value!r}")
-    lists = {"tokens": list(vocabulary.tokens), "merges": list(vocabulary.merges), "pre": vocabulary.pre}
+    lists: dict[str, Any] = {
+        "model": vocabulary.model, "tokens": list(vocabulary.tokens), "pre": vocabulary.pre,
+    }  # fmt: skip
+    if vocabulary.scores:
+        lists |= {"scores": list(vocabulary.scores), "add_space_prefix": vocabulary.add_space_prefix}
+    else:
+        lists["merges"] = list(vocabulary.merges)
     for name, value in lists.items():
         have = file.fields.get(f"tokenizer.ggml.{name}")
         if have != value:
-            what = f"{have!r} instead of {value!r}" if isinstance(value, str) else "not the trained list"
+            what = "not the trained list" if isinstance(value, list) else f"{have!r} instead of {value!r}"
             wrong.append(f"tokenizer.ggml.{name} is {what}")
     return Check(
         name="metadata", passed=not wrong,

@@ -1,0 +1,84 @@
+"""Every family that is exported, tied or not, byte-level or SentencePiece-style, proved by llama.cpp."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from advisor.errors import ExportError
+from advisor.export import export_model
+from advisor.verify import verify_gguf
+from families import LONGROPE, make_family
+
+pytestmark = [pytest.mark.slow]
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("gemma", {"spm": True}),
+    "gemma2": ("gemma2", {"spm": True}),
+    "gemma3": ("gemma3", {"tied": False, "spm": True}),
+    "phi3": ("phi3", {"tied": False, "spm": True, "config": LONGROPE}),
+    "smollm3": ("smollm3", {}),
+    "granite": ("granite", {}),
+    "olmo2": ("olmo2", {}),
+    "gpt2": ("gpt2", {}),
+    "llama": ("llama", {"spm": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {name: make_family(root / name, family, **more) for name, (family, more) in CASES.items()}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_family_answers_as_trained(made: dict[str, Path], name: str, tmp_path: Path) -> None:
+    """F32 logits match to rounding (GELU: to llama.cpp's table), token ids and template on all probes."""
+    file = export_model(made[name], quants=("F32",), out=tmp_path).files[0]
+    proof = verify_gguf(Path(file.path), against=made[name])
+    assert proof.passed, [check.evidence for check in proof.checks if not check.passed]
+    logits = next(check for check in proof.checks if check.name == "logits")
+    gelu = name.startswith(("gemma", "gpt2"))
+    assert float(logits.measured["max_delta"] or 1) < (1e-2 if gelu else 1e-4)
+
+
+def test_four_bits_of_wide_norms_and_transposed_weights(made: dict[str, Path], tmp_path: Path) -> None:
+    """GPT-2's transposed weights survive four bits, its positions stay exact."""
+    file = export_model(made["gpt2"], quants=("Q4_K_M",), out=tmp_path).files[0]
+    assert verify_gguf(Path(file.path), against=made["gpt2"]).passed
+    assert file.mix["F32"] == 19
+
+
+def _changed(folder: Path, target: Path, **config: Any) -> Path:
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.is_file():
+            (target / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**settings, **config}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "told"),
+    [
+        ("gemma", {"tie_word_embeddings": False}, "one for both"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping"),
+        ("gemma2", {"query_pre_attn_scalar": 128}, "query_pre_attn_scalar"),
+        ("gemma3", {"layer_types": ["sliding_attention"] * 6}, "every 6th"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "without it"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "every 4th"),
+        ("granite", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ],
+)
+def test_what_llama_cpp_fixes_otherwise_is_refused(
+    made: dict[str, Path], tmp_path: Path, name: str, config: dict[str, Any], told: str
+) -> None:
+    """Values that llama.cpp has built in are compared with config.json, family by family."""
+    with pytest.raises(ExportError, match=told):
+        export_model(_changed(made[name], tmp_path / "changed", **config), quants=("F32",))
