@@ -6,7 +6,7 @@ recipe against the keys that its program accepts. Never does: read or write file
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import yaml
@@ -46,16 +46,34 @@ def recipes_of(plan: Plan, *, packages: Mapping[str, str], seed: int) -> tuple[R
     """
     if plan.model is None:
         return ()
-    return tuple(_recipe(stage, plan, plan.model, packages, seed) for stage in plan.stages)
+    return tuple(
+        _recipe(number, plan, plan.model, packages, seed) for number in range(1, len(plan.stages) + 1)
+    )
 
 
-def _recipe(stage: Stage, plan: Plan, model: PlanModel, packages: Mapping[str, str], seed: int) -> Recipe:
+def _before(number: int, stages: Sequence[Stage], *, marks: bool) -> str | None:
+    """Return the folder of the nearest earlier stage that trained the model itself, or (`marks`) its
+    judge."""
+    for earlier in range(number - 1, 0, -1):
+        objective = stages[earlier - 1].objective
+        if (objective == "reward") is marks:
+            return f"stages/{earlier}-{objective}"
+    return None
+
+
+def _recipe(number: int, plan: Plan, model: PlanModel, packages: Mapping[str, str], seed: int) -> Recipe:
+    stage = plan.stages[number - 1]
+    judge = _before(number, plan.stages, marks=True) if stage.objective in ("rloo", "grpo") else None
     named = {profile.name: profile for profile in plan.datasets}
     return Recipe(
         program=stage.program, objective=stage.objective, tuner=plan.method,
-        model=RecipeModel(id=model.id, path=model.path, revision=model.revision),
+        model=RecipeModel(
+            id=model.id, path=model.path, revision=model.revision,
+            after=_before(number, plan.stages, marks=False),
+        ),
         datasets=tuple(_dataset(named[name]) for name in stage.datasets if name in named),
-        settings=dict(stage.settings), seed=seed, packages=dict(sorted(packages.items())),
+        settings={**stage.settings, **({"reward_model": judge} if judge else {})}, seed=seed,
+        packages=dict(sorted(packages.items())),
     )  # fmt: skip
 
 

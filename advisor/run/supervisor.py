@@ -1,7 +1,7 @@
 """Runs a planned training: checks, starts the program, follows it, ends it well, writes the report.
 
-Goes in: a run folder with plan.json and one recipe. Comes out: the trained result, events.jsonl, report.json.
-Never does: import torch; train in its own process; start on a folder that another run is using.
+Goes in: a run folder with plan.json and one recipe a stage. Comes out: the trained result, events.jsonl,
+report.json. Never does: import torch; train in its own process; start on a folder that another run is using.
 """
 
 from __future__ import annotations
@@ -21,45 +21,27 @@ from advisor.errors import (
     AdvisorError,
     DataError,
     DiskError,
-    InputError,
     InterruptedRunError,
     RefusedError,
     TrainingError,
 )
 from advisor.probe.software import installed_packages
-from advisor.recipe import check
-from advisor.resources import recipes_dir
 from advisor.rows import data_files
-from advisor.run.events import Event, EventReader, EventWriter, read_events, stage_of
+from advisor.run.events import Event, EventReader, EventWriter, read_events
 from advisor.run.failures import classify
 from advisor.run.launch import LOG, Interrupts, require_packages, start_program
 from advisor.run.lock import FolderLock
 from advisor.run.policy import Action, RunState, advance, decide
 from advisor.run.report import Status, build_report
-from advisor.storage import file_sha256, read_record, write_json
-from advisor.types import Plan, Program, Recipe, Record, RunReport, StageEstimate
+from advisor.run.stages import EVENTS, REPORT, Job, got_worse, is_done, put_away, read_jobs, stage_folder
+from advisor.storage import read_record, write_json
+from advisor.types import Recipe, RunReport
 from advisor.units import format_bytes
 
-EVENTS, REPORT, PLAN = "events.jsonl", "report.json", "plan.json"
 ARTEFACTS = {"adapter": "adapter", "model": "model"}
 LOOK_EVERY_SECONDS = 0.1
 LOG_TAIL_BYTES = 16384
 OnEvent = Callable[[Event], None]
-
-
-class Job(Record, frozen=True, kw_only=True):
-    """One stage to run, read and checked."""
-
-    folder: str
-    recipe_file: str
-    recipe: Recipe
-    recipe_sha256: str
-    estimate: StageEstimate | None
-
-    @property
-    def stage(self) -> str:
-        """Return the stage's name in events."""
-        return stage_of(self.recipe_file, self.recipe.objective)
 
 
 def run_plan(folder: Path, *, resume: bool, on_event: OnEvent, offline: bool) -> RunReport:
@@ -80,11 +62,22 @@ def run_plan(folder: Path, *, resume: bool, on_event: OnEvent, offline: bool) ->
         TrainingError, DataError, ModelError, HubError: what stopped the run; report.json holds it too.
         InterruptedRunError: a person stopped it.
     """
-    job = read_job(folder)
-    with FolderLock(folder) as lock, EventWriter(folder / EVENTS, job.stage) as events:
+    jobs = read_jobs(folder)
+    with FolderLock(folder) as lock:
         finished = _finished(folder, resume=resume)
         if finished is not None:
             return finished
+        for job in jobs[:-1]:
+            if not is_done(job):
+                _run_stage(job, lock=lock, resume=resume, on_event=on_event, offline=offline)
+            put_away(job)
+        return _run_stage(jobs[-1], lock=lock, resume=resume, on_event=on_event, offline=offline)
+
+
+def _run_stage(job: Job, *, lock: FolderLock, resume: bool, on_event: OnEvent, offline: bool) -> RunReport:
+    """Train one stage and write its report; whatever went wrong is raised after that."""
+    folder = Path(job.folder)
+    with EventWriter(folder / EVENTS, job.stage) as events:
         data = _check_data(job, resume=resume)
         require_packages(job.recipe)
         _check_disk(job)
@@ -102,48 +95,17 @@ def run_plan(folder: Path, *, resume: bool, on_event: OnEvent, offline: bool) ->
         finally:
             _end_group(process)
         status = _status(error)
+        report = _report(job, status=status, error=error)
+        if status == "done" and (words := got_worse(report)):
+            events.write("warning", message=words)
         events.write("end", status=status, seconds=round(time.monotonic() - started, 3))
         for event in reader.new_events():
             on_event(event)
-        report = _write_report(job, status=status, error=error)
+        report = _report(job, status=status, error=error)
+        write_json(folder / REPORT if error or job.last else stage_folder(job) / REPORT, report)
     if error is not None:
         raise error
     return report
-
-
-def read_job(folder: Path) -> Job:
-    """Read the recipe of a run folder and what the plan predicts for it.
-
-    Raises:
-        InputError: the folder, plan.json or the recipe is missing or wrong.
-        UsageError: a setting is not one of the program's, or out of its range.
-        RefusedError: nothing, or more than one stage, is planned, or the program does not exist.
-    """
-    again = "Plan again: ftadvisor plan --help"
-    if not folder.is_dir():
-        raise InputError(f"There is no run folder {folder}.", "Make one: ftadvisor plan --out DIR ...")
-    files = sorted(folder.glob("recipe*.yaml"))
-    if not files:
-        raise InputError(f"{folder} holds no recipe.yaml, so it is not a run folder.", again)
-    plan = read_record(folder / PLAN, Plan, remedy=again) if (folder / PLAN).exists() else None
-    if len(files) > 1:
-        stages = ", ".join(stage_of(file.name, "") for file in files)
-        raise RefusedError(
-            f"{folder} plans several stages ({stages}); this version runs one stage.",
-            "Plan one of them: ftadvisor plan --method ...",
-        )
-    recipe = read_record(files[0], Recipe, remedy=f"Correct {files[0]}, or plan again.")
-    program = recipes_dir() / recipe.program
-    if not (program / "train.py").is_file():
-        raise RefusedError(f"This version has no training program {recipe.program!r}.", again)
-    check(recipe, msgspec.toml.decode((program / "program.toml").read_bytes(), type=Program))
-    return Job(
-        folder=str(folder),
-        recipe_file=files[0].name,
-        recipe=recipe,
-        recipe_sha256=file_sha256(files[0]),
-        estimate=plan.stages[0].estimate if plan is not None and plan.stages else None,
-    )
 
 
 def _finished(folder: Path, *, resume: bool) -> RunReport | None:
@@ -170,7 +132,11 @@ def _finished(folder: Path, *, resume: bool) -> RunReport | None:
 def _check_data(job: Job, *, resume: bool) -> dict[str, str]:
     """Return name -> SHA-256 of the datasets; a resumed run needs the data and recipe it began with."""
     found = {one.name: _data_sha256(Path(job.folder) / one.path) for one in job.recipe.datasets}
-    starts = [event for event in read_events(Path(job.folder) / EVENTS) if event["event"] == "start"]
+    starts = [
+        event
+        for event in read_events(Path(job.folder) / EVENTS)
+        if event["event"] == "start" and event.get("stage") == job.stage
+    ]
     if not resume or not starts:
         return found
     if starts[-1].get("recipe_sha256") != job.recipe_sha256:
@@ -307,14 +273,14 @@ def _log_tail(path: Path) -> str:
         return file.read().decode("utf-8", "replace")
 
 
-def _write_report(job: Job, *, status: Status, error: AdvisorError | None) -> RunReport:
+def _report(job: Job, *, status: Status, error: AdvisorError | None) -> RunReport:
     folder = Path(job.folder)
     events = [event for event in read_events(folder / EVENTS) if event.get("stage") == job.stage]
     artefacts = {name: place for name, place in ARTEFACTS.items() if (folder / place).is_dir()}
     saved = [event["path"] for event in events if event["event"] == "checkpoint"]
     if saved and (folder / saved[-1]).is_dir():
         artefacts["checkpoint"] = saved[-1]
-    report = build_report(
+    return build_report(
         events,
         job.recipe,
         recipe_sha256=job.recipe_sha256,
@@ -324,5 +290,3 @@ def _write_report(job: Job, *, status: Status, error: AdvisorError | None) -> Ru
         packages=installed_packages(),
         error=error,
     )
-    write_json(folder / REPORT, report)
-    return report

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 import advisor.run.launch
+import advisor.run.stages
 import advisor.run.supervisor
 from advisor.errors import (
     DataError,
@@ -29,8 +30,10 @@ from advisor.errors import (
 )
 from advisor.run.events import read_events
 from advisor.run.lock import FolderLock
-from advisor.storage import read_record, write_atomic
+from advisor.storage import read_record, write_json
 from advisor.types import RunReport
+from cases import A100, plan
+from cases import rows as planned_rows
 from training import make_run, rows, run, write_rows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,8 +41,8 @@ HEAD = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from advisor.run.events import EventWriter
-events = EventWriter(Path("events.jsonl"), "sft")
+from advisor.run.events import EventWriter, stage_of
+events = EventWriter(Path("events.jsonl"), stage_of(sys.argv[1], "sft"))
 def step(n, loss=1.0, norm=1.0):
     events.write("step", step=n, total=5, loss=loss, grad_norm=norm, memory_bytes=1000 + n)
 def say(kind, code, message):
@@ -74,7 +77,7 @@ class Stage:
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     """A place for programs that stand in for training."""
-    for module in (advisor.run.launch, advisor.run.supervisor):
+    for module in (advisor.run.launch, advisor.run.stages):
         monkeypatch.setattr(module, "recipes_dir", lambda: tmp_path / "recipes")
     return Stage(tmp_path)
 
@@ -267,13 +270,13 @@ def test_too_little_disk_is_said_before_anything_starts(
 ) -> None:
     """The numbers are in the message, and the folder stays unused."""
     folder = stage.program("step(1)")
-    job = advisor.run.supervisor.read_job(folder)
+    job = advisor.run.stages.read_jobs(folder)[0]
     band = {"low": 1.0, "expected": 2.0, "high": 3.0}
     estimate = {"peak_bytes": band, "parts": {}, "seconds": band, "disk_bytes": 1 << 60}
     planned = msgspec.structs.replace(
-        job, estimate=msgspec.convert(estimate, advisor.run.supervisor.StageEstimate)
+        job, estimate=msgspec.convert(estimate, advisor.run.stages.StageEstimate)
     )
-    monkeypatch.setattr(advisor.run.supervisor, "read_job", lambda _: planned)
+    monkeypatch.setattr(advisor.run.supervisor, "read_jobs", lambda _: (planned,))
     with pytest.raises(DiskError, match="are free"):
         run(folder)
     assert not list(read_events(folder / "events.jsonl"))
@@ -302,13 +305,75 @@ def test_a_wrong_setting_is_said_at_once(stage: Stage) -> None:
         run(folder)
 
 
-def test_several_stages_are_refused(stage: Stage) -> None:
-    """A plan of more than one stage is not run half."""
+TWO_STAGES = """
+Path("checkpoints").mkdir()
+Path("checkpoints/mark").write_text(sys.argv[1])
+if "2-" in sys.argv[1]:
+    assert Path("stages/1-sft/model/weights").read_text() == "recipe-1-sft.yaml"
+    if not Path("go").exists():
+        say("TrainingError", "mishap", "not yet")
+Path("model").mkdir()
+Path("model/weights").write_text(sys.argv[1])
+events.write("heldout", when="before", loss=1.0)
+step(5)
+events.write("heldout", when="after", loss=2.0)
+"""
+
+
+def _in_two(stage: Stage) -> Path:
+    folder = stage.program(TWO_STAGES)
+    recipe = (folder / "recipe.yaml").read_bytes()
+    (folder / "recipe.yaml").unlink()
+    for number in (1, 2):
+        (folder / f"recipe-{number}-sft.yaml").write_bytes(recipe)
+    return folder
+
+
+def test_stages_follow_each_other_and_go_on_where_it_failed(stage: Stage) -> None:
+    """The second begins with the first's result; after a failure in it, only the second is trained again."""
+    folder = _in_two(stage)
+    with pytest.raises(TrainingError, match="not yet"):
+        run(folder)
+    assert stage.report.status == "failed"
+    assert (folder / "stages" / "1-sft" / "model" / "weights").is_file()
+    assert read_record(folder / "stages" / "1-sft" / "report.json", RunReport).status == "done"
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "go").touch()
+    seen: list[dict[str, Any]] = []
+    assert run(folder, resume=True, on_event=seen.append).status == "done"
+    assert {event["stage"] for event in seen} == {"2-sft"}
+    assert (folder / "model" / "weights").read_text() == "recipe-2-sft.yaml"
+    assert run(folder, resume=True) == stage.report
+
+
+def test_a_stage_that_did_not_help_is_said(stage: Stage) -> None:
+    """Where the loss on unseen rows rose, a warning tells it before the next stage begins."""
+    folder = _in_two(stage)
+    (folder / "go").touch()
+    seen: list[dict[str, Any]] = []
+    run(folder, on_event=seen.append)
+    told = [event["event"] for event in seen if event["stage"] == "1-sft"]
+    assert told.index("warning") < told.index("end")
+
+
+def test_a_finished_stage_whose_recipe_was_changed_is_refused(stage: Stage) -> None:
+    """What was trained then is not what is planned now."""
+    folder = _in_two(stage)
+    with pytest.raises(TrainingError):
+        run(folder)
+    recipe = folder / "recipe-1-sft.yaml"
+    recipe.write_bytes(recipe.read_bytes().replace(b"seed: 7", b"seed: 8"))
+    with pytest.raises(RefusedError, match="was changed since its stage"):
+        run(folder, resume=True)
+
+
+def test_several_devices_are_refused(stage: Stage) -> None:
+    """A plan for more than one device is not quietly run on one."""
     folder = stage.program("step(1)")
-    content = (folder / "recipe.yaml").read_bytes()
-    write_atomic(folder / "recipe-1-sft.yaml", content)
-    (folder / "recipe.yaml").rename(folder / "recipe-2-dpo.yaml")
-    with pytest.raises(RefusedError, match="1-sft, 2-dpo"):
+    made = plan(planned_rows(), hardware=A100 | {"count": 4}, model="Qwen/Qwen3-32B", requested_method="full")
+    assert made.parallel != "none"
+    write_json(folder / "plan.json", made)
+    with pytest.raises(RefusedError, match=made.parallel):
         run(folder)
 
 
@@ -329,7 +394,7 @@ import sys
 from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import advisor.run.launch, advisor.run.supervisor
-for module in (advisor.run.launch, advisor.run.supervisor):
+for module in (advisor.run.launch, advisor.run.stages):
     module.recipes_dir = lambda: Path({str(stage.place / "recipes")!r})
 from training import run
 run(Path({str(folder)!r}))

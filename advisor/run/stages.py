@@ -1,0 +1,138 @@
+"""The stages of a run folder: which there are, which are done, where the result of a done one lies.
+
+Goes in: a run folder. Comes out: one Job a stage; the folder `stages/<stage>` for each stage but the last,
+whose result lies in the run folder itself. Never does: start a program."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from advisor.errors import InputError, RefusedError
+from advisor.recipe import check
+from advisor.resources import recipes_dir
+from advisor.run.events import read_events, stage_of
+from advisor.storage import file_sha256, read_record
+from advisor.types import Plan, Program, Recipe, Record, RunReport, StageEstimate
+
+EVENTS, REPORT, PLAN = "events.jsonl", "report.json", "plan.json"
+RESULTS = ("adapter", "model", "heldout.jsonl")
+CHECKPOINTS = "checkpoints"
+NUMBERED = re.compile(r"recipe-(\d+)-")
+
+
+class Job(Record, frozen=True, kw_only=True):
+    """One stage to run, read and checked."""
+
+    folder: str
+    recipe_file: str
+    recipe: Recipe
+    recipe_sha256: str
+    estimate: StageEstimate | None
+    last: bool = True
+    """Whether its result is that of the whole run."""
+
+    @property
+    def stage(self) -> str:
+        """Return the stage's name in events."""
+        return stage_of(self.recipe_file, self.recipe.objective)
+
+
+def read_jobs(folder: Path) -> tuple[Job, ...]:
+    """Read the recipes of a run folder in order, and what the plan predicts for each.
+
+    Raises:
+        InputError: the folder, plan.json or a recipe is missing or wrong.
+        UsageError: a setting is not one of the program's, or out of its range.
+        RefusedError: several devices are planned, or a program does not exist.
+    """
+    again = "Plan again: ftadvisor plan --help"
+    if not folder.is_dir():
+        raise InputError(f"There is no run folder {folder}.", "Make one: ftadvisor plan --out DIR ...")
+    files = sorted(folder.glob("recipe*.yaml"), key=_number)
+    if not files:
+        raise InputError(f"{folder} holds no recipe.yaml, so it is not a run folder.", again)
+    plan = read_record(folder / PLAN, Plan, remedy=again) if (folder / PLAN).exists() else None
+    if plan is not None and plan.parallel != "none":
+        raise RefusedError(
+            f"This plan spreads the training over several devices ({plan.parallel}), which this version does "
+            "not run; on one device it would not fit or take another time than planned.",
+            "Plan for one device: ftadvisor plan --hardware ..., with a smaller model or --method qlora.",
+        )
+    estimates = [stage.estimate for stage in plan.stages] if plan is not None else []
+    return tuple(
+        _job(folder, file, estimates[n] if n < len(estimates) else None, last=file == files[-1])
+        for n, file in enumerate(files)
+    )
+
+
+def _number(file: Path) -> int:
+    match = NUMBERED.match(file.name)
+    return int(match.group(1)) if match else 0
+
+
+def _job(folder: Path, file: Path, estimate: StageEstimate | None, *, last: bool) -> Job:
+    recipe = read_record(file, Recipe, remedy=f"Correct {file}, or plan again.")
+    program = recipes_dir() / recipe.program
+    if not (program / "train.py").is_file():
+        raise RefusedError(
+            f"This version has no training program {recipe.program!r}.", "Plan again: ftadvisor plan --help"
+        )
+    check(recipe, msgspec.toml.decode((program / "program.toml").read_bytes(), type=Program))
+    return Job(
+        folder=str(folder),
+        recipe_file=file.name,
+        recipe=recipe,
+        recipe_sha256=file_sha256(file),
+        estimate=estimate,
+        last=last,
+    )
+
+
+def stage_folder(job: Job) -> Path:
+    """Return where the result of a stage lies once it is done."""
+    return Path(job.folder) / "stages" / job.stage
+
+
+def is_done(job: Job) -> bool:
+    """Tell whether a stage came to its end.
+
+    Raises:
+        RefusedError: its recipe was changed since; what was trained then is not what is planned now.
+    """
+    events = [event for event in read_events(Path(job.folder) / EVENTS) if event.get("stage") == job.stage]
+    ends = [event for event in events if event["event"] == "end"]
+    if not ends or ends[-1].get("status") != "done":
+        return False
+    starts = [event for event in events if event["event"] == "start"]
+    if starts[-1].get("recipe_sha256") != job.recipe_sha256:
+        raise RefusedError(
+            f"{job.recipe_file} was changed since its stage was trained.",
+            "Undo the change, or plan into another folder.",
+        )
+    return True
+
+
+def put_away(job: Job) -> None:
+    """Move the result of a done stage to its folder and drop its checkpoints; may be repeated."""
+    folder, target = Path(job.folder), stage_folder(job)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in RESULTS:
+        if (folder / name).exists():
+            (folder / name).rename(target / name)
+    if (folder / CHECKPOINTS).is_dir():
+        shutil.rmtree(folder / CHECKPOINTS)
+
+
+def got_worse(report: RunReport) -> str:
+    """Return what to say when a stage did not help on rows that it was not trained on; empty when it did."""
+    before, after = report.heldout_loss_before, report.heldout_loss_after
+    if before is None or after is None or after <= before:
+        return ""
+    return (
+        f"On rows that were not trained on, the loss rose from {before:.3f} to {after:.3f}: this stage did "
+        "not help. Look at the data, or plan again with a lower --set learning_rate=..."
+    )
