@@ -1,4 +1,4 @@
-"""Builds tiny random models of more families than tests/tiny.py, with transformers, and SentencePiece-style BPE.
+"""Builds tiny random models of further families with transformers, and SentencePiece-style BPE.
 
 Goes in: a folder and the family. Comes out: the folder. Every weight is random, norms and biases too, and the
 embeddings are small where a family multiplies them, so that the blocks decide the answer.

@@ -16,7 +16,7 @@ from advisor.types import Export, Verification
 from advisor.verify import heldout_rows, verify_gguf
 
 DEFAULT_QUANTS = "F16,Q4_K_M"
-QUANT_HELP = "F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M; with commas."
+QUANT_HELP = "F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, IQ4_XS, Q3_K_M; with commas."
 
 
 class ExportAnswer(msgspec.Struct, frozen=True, kw_only=True):

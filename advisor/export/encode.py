@@ -1,10 +1,16 @@
 """Turns float32 rows into the bytes of a GGUF tensor type.
 
-Goes in: rows. Comes out: bytes as ggml stores them. Never does: let a value become infinite unnoticed.
+Goes in: rows. Comes out: bytes as ggml stores them, by ggml itself for every quantised type. Never does: let a value
+become infinite unnoticed.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import gguf
@@ -12,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf import quants
 
-from advisor.errors import ExportError
+from advisor.errors import ExportError, MissingPackageError
 from advisor.export.checkpoint import Floats
 
 Type: TypeAlias = gguf.GGMLQuantizationType
+_NUMPY = (Type.F32, Type.F16, Type.BF16)
+_LIBRARY = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 
 
 def row_bytes(columns: int, kind: Type) -> int:
@@ -57,4 +65,31 @@ def encode_rows(name: str, rows: Floats, kind: Type) -> npt.NDArray[Any]:
                 code="f16_overflow",
             )
         return np.ascontiguousarray(half)
-    return np.ascontiguousarray(quants.quantize(rows, kind))
+    if kind in _NUMPY:
+        return np.ascontiguousarray(quants.quantize(rows, kind))
+    return _by_ggml(np.ascontiguousarray(rows, dtype=np.float32), kind)
+
+
+def _by_ggml(rows: Floats, kind: Type) -> npt.NDArray[np.uint8]:
+    """Quantise with ggml's own function; it lets other threads run meanwhile."""
+    count, columns = rows.shape
+    made = np.empty((count, row_bytes(columns, kind)), dtype=np.uint8)
+    pointer = ctypes.c_void_p
+    _ggml().ggml_quantize_chunk(
+        int(kind), pointer(rows.ctypes.data), pointer(made.ctypes.data), 0, count, columns, None
+    )
+    return made
+
+
+@functools.cache
+def _ggml() -> ctypes.CDLL:
+    """Open the library that llama-cpp-python brings, without importing that package."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise MissingPackageError("llama-cpp-python", "gguf")
+    name = _LIBRARY.get(sys.platform, "libggml-base.so")
+    library = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / name))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, size, size, size, pointer]
+    return library

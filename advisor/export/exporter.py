@@ -12,15 +12,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
-
 from advisor.errors import ExportError, MissingPackageError, UnknownNameError, UsageError
 from advisor.export.adapter import Adapter, open_adapter
 from advisor.export.architecture import ModelPlan, plan_model
 from advisor.export.checkpoint import optional_json
 from advisor.export.config_fields import is_tied
+from advisor.export.encode import Type
 from advisor.export.files import complete_file, need_space
-from advisor.export.gguf_file import Contents, check_complete, contents, planned_contents, write_gguf
+from advisor.export.gguf_file import (
+    Contents,
+    Types,
+    check_complete,
+    planned_contents,
+    uniform_types,
+    write_gguf,
+)
 from advisor.export.lora_file import check_lora, write_lora
 from advisor.export.merged import Merged, open_merged
 from advisor.export.merged_folder import merged_bytes, write_merged
@@ -125,14 +131,19 @@ def _export(
     prepared = _prepare(job) if "gguf" in targets else None
     adapter = _lora_of(job) if "lora-gguf" in targets else None
     needed = merged_bytes(job.merged, job.config) if "merged" in targets else 0
-    need_space(job.out, needed + (_gguf_bytes(prepared[0], quants) if prepared else METADATA_BYTES))
+    need_space(job.out, needed + METADATA_BYTES)
+    types = _types(job, *prepared, quants) if prepared else {}
+    files_bytes = (
+        sum(planned_contents(prepared[0], kinds).weight_bytes for kinds in types.values()) if prepared else 0
+    )
+    need_space(job.out, needed + files_bytes + METADATA_BYTES * (len(types) + 1))
     if "merged" in targets:
         job.on_progress("writing the merged weights")
         files += write_merged(job.out / f"{job.trained.name}-merged", job.trained, job.config, job.merged)
     if prepared is not None:
         plan, vocabulary = prepared
         notes += [*plan.notes, *vocabulary.notes]
-        made = _write_quants(job, plan, vocabulary, quants)
+        made = _write_quants(job, plan, vocabulary, types, quants)
         files += made
         if "modelfile" in targets:
             files.append(_write_modelfile(job, made, vocabulary))
@@ -164,79 +175,62 @@ def _write_lora(job: Job, adapter: Adapter) -> ExportedFile:
     return _file(path, "lora_gguf", quant="F32", found=None)
 
 
-def _gguf_bytes(plan: ModelPlan, quants: tuple[str, ...]) -> int:
-    """Return the space that all files and the intermediate need at the same time."""
+def _types(job: Job, plan: ModelPlan, vocabulary: Vocabulary, quants: tuple[str, ...]) -> dict[str, Types]:
+    """Return the type of each tensor for each quantisation; llama.cpp is asked where it mixes them."""
     facts = rules().quantisations
-    direct = [quant for quant in quants if quant in facts.direct]
-    total = sum(planned_contents(plan, quant).weight_bytes for quant in direct)
-    if len(direct) < len(quants):
-        start = planned_contents(plan, facts.intermediate).weight_bytes
-        total += start * (len(quants) - len(direct)) + (0 if facts.intermediate in direct else start)
-    return total + METADATA_BYTES * (len(quants) + 1)
+    found = {quant: uniform_types(plan, quant) for quant in quants if quant in facts.direct}
+    mixed = [quant for quant in quants if quant not in facts.direct]
+    if not mixed:
+        return found
+    start = job.out / f".{job.trained.name}-types.gguf"
+    try:
+        with complete_file(start) as aside:
+            _write(job, aside, plan, vocabulary, "F32", uniform_types(plan, "F32"), merged=None)
+        answer, _ = run_llama({"do": "choose", "source": str(start), "quants": mixed})
+    finally:
+        start.unlink(missing_ok=True)
+    names = {tensor.name for tensor in plan.tensors}
+    for quant, types in answer["types"].items():
+        found[quant] = {name: getattr(Type, kind) for name, kind in types.items() if name in names}
+        if set(found[quant]) != names:
+            raise ExportError(
+                f"llama.cpp did not say which types it gives the tensors in {quant}.",
+                "Use --quant Q8_0, and report the version of llama-cpp-python.",
+            )
+    return found
 
 
 def _write_quants(
-    job: Job, plan: ModelPlan, vocabulary: Vocabulary, quants: tuple[str, ...]
+    job: Job, plan: ModelPlan, vocabulary: Vocabulary, types: dict[str, Types], quants: tuple[str, ...]
 ) -> list[ExportedFile]:
-    facts = rules().quantisations
-    made: dict[str, ExportedFile] = {}
-    for quant in (quant for quant in quants if quant in facts.direct):
-        job.on_progress(f"writing {quant}")
+    made = []
+    for quant in quants:
+        mixed = quant in rules().quantisations.through_llama
+        job.on_progress(f"quantising to {quant}" if mixed else f"writing {quant}")
         with complete_file(_path(job, quant)) as aside:
-            found = _write_direct(job, aside, plan, vocabulary, quant)
-        made[quant] = _file(_path(job, quant), "gguf", quant=quant, found=found)
-    rest = [quant for quant in quants if quant not in facts.direct]
-    if rest and facts.intermediate in made:
-        start = Path(made[facts.intermediate].path)
-        made |= {quant: _quantise(job, start, quant) for quant in rest}
-    elif rest:
-        start = _path(job, "start")
-        job.on_progress(f"writing the {facts.intermediate} file to quantise from")
-        try:
-            with complete_file(start) as aside:
-                _write_start(job, aside, plan, vocabulary)
-            made |= {quant: _quantise(job, start, quant) for quant in rest}
-        finally:
-            start.unlink(missing_ok=True)
-    return [made[quant] for quant in quants]
+            found = _write(job, aside, plan, vocabulary, quant, types[quant], merged=job.merged)
+        made.append(_file(_path(job, quant), "gguf", quant=quant, found=found))
+    return made
 
 
 def _path(job: Job, quant: str) -> Path:
-    stem = f".{job.trained.name}" if quant == "start" else job.trained.name
-    return job.out / f"{stem}-{quant}.gguf"
+    return job.out / f"{job.trained.name}-{quant}.gguf"
 
 
-def _write_direct(job: Job, path: Path, plan: ModelPlan, vocabulary: Vocabulary, quant: str) -> Contents:
+def _write(
+    job: Job,
+    path: Path,
+    plan: ModelPlan,
+    vocabulary: Vocabulary,
+    quant: str,
+    types: Types,
+    *,
+    merged: Merged | None,
+) -> Contents:
     return write_gguf(
-        path, plan=plan, merged=job.merged, vocabulary=vocabulary, quant=quant, name=job.trained.name,
-        on_progress=job.on_progress,
+        path, plan=plan, merged=merged, vocabulary=vocabulary, quant=quant, types=types,
+        name=job.trained.name, on_progress=job.on_progress,
     )  # fmt: skip
-
-
-def _write_start(job: Job, path: Path, plan: ModelPlan, vocabulary: Vocabulary) -> None:
-    """Write what llama.cpp quantises from: 16 bits, or F32 where those overflow."""
-    try:
-        _write_direct(job, path, plan, vocabulary, rules().quantisations.intermediate)
-    except ExportError as problem:
-        if problem.code != "f16_overflow":
-            raise
-        _write_direct(job, path, plan, vocabulary, "F32")
-
-
-def _quantise(job: Job, start: Path, quant: str) -> ExportedFile:
-    job.on_progress(f"quantising to {quant}")
-    path = _path(job, quant)
-    with complete_file(path) as aside:
-        run_llama({"do": "quantise", "source": str(start), "target": str(aside), "quant": quant})
-    return _file(path, "gguf", quant=quant, found=read_contents(path))
-
-
-def read_contents(path: Path) -> Contents:
-    """Return what a finished GGUF file holds."""
-    return contents(
-        (tuple(int(n) for n in reversed(tensor.shape)), tensor.tensor_type)
-        for tensor in gguf.GGUFReader(path).tensors
-    )
 
 
 def _write_modelfile(job: Job, made: list[ExportedFile], vocabulary: Vocabulary) -> ExportedFile:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 import gguf
 import numpy as np
@@ -24,9 +26,11 @@ from advisor.export.merged import Merged
 from advisor.export.rules import rules
 from advisor.export.tokenizer import Vocabulary
 from advisor.probe.gguf_file import NORMALISER_KEY
+from advisor.probe.load import free_cores
 from advisor.types import Record
 
-PART_BYTES = 16 << 20
+Types: TypeAlias = dict[str, Type]
+PART_BYTES = 4 << 20
 """Rows are read and converted in parts of about this size (in float32)."""
 
 
@@ -80,31 +84,42 @@ def contents(tensors: Iterable[tuple[tuple[int, ...], Type]]) -> Contents:
     )
 
 
-def planned_contents(plan: ModelPlan, quant: str) -> Contents:
-    """Return what a directly written file will hold."""
+def planned_contents(plan: ModelPlan, types: Types) -> Contents:
+    """Return what a file will hold."""
     found: list[tuple[tuple[int, ...], Type]] = [
-        (tensor.shape, planned_type(quant, tensor)) for tensor in plan.tensors
+        (tensor.shape, types[tensor.name]) for tensor in plan.tensors
     ]
     found += [((len(values),), Type.F32) for values in plan.factors.values()]
     return contents(found)
 
 
-def planned_type(quant: str, tensor: PlannedTensor) -> Type:
-    """Return the type of a tensor in a directly written file."""
-    return Type.F32 if tensor.exact else type_for(quant, tensor.shape)
+def uniform_types(plan: ModelPlan, quant: str) -> Types:
+    """Return the type of each tensor where all weights have the same."""
+    return {t.name: Type.F32 if t.exact else type_for(quant, t.shape) for t in plan.tensors}
 
 
 def write_gguf(
     path: Path,
     *,
     plan: ModelPlan,
-    merged: Merged,
+    merged: Merged | None,
     vocabulary: Vocabulary,
     quant: str,
+    types: Types,
     name: str,
     on_progress: Callable[[str], None],
 ) -> Contents:
-    """Write a model in F32, F16, BF16 or Q8_0.
+    """Write a model, each tensor in its type.
+
+    Args:
+        path: The file.
+        plan: Metadata and tensors.
+        merged: The weights; None leaves a hole in the file where they would be, to ask llama.cpp about it.
+        vocabulary: The tokenizer.
+        quant: What the file says it is.
+        types: Of each tensor, by its name in the file.
+        name: Of the model.
+        on_progress: Told now and then.
 
     Raises:
         ExportError: a weight is not finite or overflows.
@@ -122,7 +137,7 @@ def write_gguf(
         for key, values in factors.items():
             writer.add_tensor_info(key, values.shape, values.dtype, values.nbytes, Type.F32)
         for tensor in plan.tensors:
-            kind = planned_type(quant, tensor)
+            kind = types[tensor.name]
             size = _tensor_bytes(tensor.shape, kind)
             writer.add_tensor_info(tensor.name, tensor.shape, encode_dtype(kind), size, raw_dtype=kind)
         writer.write_header_to_file()
@@ -131,12 +146,16 @@ def write_gguf(
         for values in factors.values():
             writer.write_tensor_data(values)
         for number, tensor in enumerate(plan.tensors, start=1):
-            writer.write_tensor_data(_Stream(tensor, merged, planned_type(quant, tensor)))
+            kind = types[tensor.name]
+            if merged is None:
+                writer.write_tensor_data(_Hole(_tensor_bytes(tensor.shape, kind)))
+                continue
+            writer.write_tensor_data(_Stream(tensor, merged, kind))
             if number % 50 == 0:
                 on_progress(f"{quant}: tensor {number} of {len(plan.tensors)}")
     finally:
         writer.close()
-    return planned_contents(plan, quant)
+    return planned_contents(plan, types)
 
 
 def _name(name: str, vocabulary: Vocabulary) -> str:
@@ -170,14 +189,33 @@ class _Stream:
     def tofile(self, file: IO[bytes]) -> None:
         rows = self.tensor.shape[0]
         columns = math.prod(self.tensor.shape[1:])
-        order = row_order(rows, self.tensor.heads) if self.tensor.heads else None
         step = max(1, PART_BYTES // (4 * columns)) if len(self.tensor.shape) > 1 else rows
-        for start in range(0, rows, step):
-            part = slice(start, min(start + step, rows))
-            data = self.merged.rows(self.tensor.origin, part if order is None else order[part])
-            if self.tensor.offset:
-                data = data + np.float32(self.tensor.offset)
-            file.write(encode_rows(self.tensor.name, data, self.kind).tobytes())
+        parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        if len(parts) == 1:
+            file.write(self._encoded(parts[0]))
+            return
+        count = free_cores()
+        with ThreadPoolExecutor(count) as pool:
+            for first in range(0, len(parts), count):
+                file.writelines(pool.map(self._encoded, parts[first : first + count]))
+
+    def _encoded(self, part: slice) -> bytes:
+        rows = self.tensor.shape[0]
+        order = row_order(rows, self.tensor.heads) if self.tensor.heads else None
+        data = self.merged.rows(self.tensor.origin, part if order is None else order[part])
+        if self.tensor.offset:
+            data = data + np.float32(self.tensor.offset)
+        return encode_rows(self.tensor.name, data, self.kind).tobytes()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hole:
+    """As much of nothing: the file system stores no byte of it."""
+
+    nbytes: int
+
+    def tofile(self, file: IO[bytes]) -> None:
+        file.truncate(file.seek(self.nbytes, os.SEEK_CUR))
 
 
 def _tensor_bytes(shape: tuple[int, ...], kind: Type) -> int:

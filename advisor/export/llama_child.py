@@ -1,13 +1,14 @@
 """Runs llama.cpp in a process of its own, because it aborts the process on some inputs.
 
 Started by path, alone, with two arguments: a request (JSON) and the file for the answer. Goes in: what to do,
-`quantise` or `inspect`. Comes out: JSON, and arrays in an .npz beside it. Never does: import ftadvisor.
+`choose` or `inspect`. Comes out: JSON, and arrays in an .npz beside it. Never does: import ftadvisor.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,32 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 _ATTRIBUTES = {"control": llama_cpp.LLAMA_TOKEN_ATTR_CONTROL, "user": llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED}
 
 
-def quantise(request: dict[str, Any]) -> dict[str, Any]:
-    """Quantise one file into another with llama.cpp's own choice of types."""
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request['quant']}")
-    params.nthread = request["threads"]
-    params.allow_requantize = True
-    code = llama_cpp.llama_model_quantize(
-        request["source"].encode(), request["target"].encode(), ctypes.byref(params)
-    )
-    if code != 0:
-        raise RuntimeError(f"llama_model_quantize returned {code}")
-    return {}
+_CHOICE = re.compile(
+    r"^\[ *\d+/ *\d+\] +(\S+) +- \[.*type = +(\w+), size = [^(\n]*(?:\((\w+)\))?", re.MULTILINE
+)
+
+
+def choose(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the type that llama.cpp would give each tensor, for each quantisation; writes nothing."""
+    said: list[str] = []
+
+    def hear(_level: int, text: bytes, _data: ctypes.c_void_p) -> None:
+        said.append(text.decode(errors="replace"))
+
+    callback = llama_cpp.llama_log_callback(hear)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    chosen = {}
+    for quant in request["quants"]:
+        said.clear()
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quant}")
+        params.dry_run = True
+        code = llama_cpp.llama_model_quantize(request["source"].encode(), b"", ctypes.byref(params))
+        if code != 0:
+            raise RuntimeError("".join(said[-4:]).strip() or f"llama_model_quantize returned {code}")
+        found = _CHOICE.findall("".join(said))
+        chosen[quant] = {name: (after or before).upper() for name, before, after in found}
+    return {"types": chosen}
 
 
 def inspect(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -112,8 +127,8 @@ def main() -> None:
     """Read the request, do it, write the answer."""
     request_file, answer_file = Path(sys.argv[1]), Path(sys.argv[2])
     request = json.loads(request_file.read_text(encoding="utf-8"))
-    if request["do"] == "quantise":
-        answer = quantise(request)
+    if request["do"] == "choose":
+        answer = choose(request)
     else:
         answer, arrays = inspect(request)
         np.savez(answer_file.with_suffix(".npz"), **arrays)

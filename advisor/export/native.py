@@ -27,7 +27,7 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 
 
 def run_llama(request: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
-    """Do one thing with llama.cpp, `quantise` or `inspect`.
+    """Do one thing with llama.cpp, `choose` or `inspect`.
 
     Raises:
         ExportError: llama.cpp refused or crashed; the message holds its last lines.

@@ -92,7 +92,6 @@ class Quantisations(Record, frozen=True, kw_only=True):
 
     direct: tuple[str, ...]
     through_llama: tuple[str, ...]
-    intermediate: str
     preferred: tuple[str, ...]
     """Which of several files a Modelfile names, the best first."""
     source: str

@@ -89,4 +89,4 @@ def _step(part: dict[str, Any]) -> str:
         return "split after spaces"
     if kind == "Metaspace" and part.get("replacement") == _SPACE and not part.get("split", True):
         return f"metaspace {part.get('prepend_scheme', 'always')}"
-    return f"{kind} {({key: value for key, value in part.items() if key != 'type'})}"
+    return f"{kind} { ({key: value for key, value in part.items() if key != 'type'}) }"

@@ -389,8 +389,8 @@ def test_last_words_of_llama_cpp_are_told(tmp_path: Path) -> None:
     """What llama.cpp says before it gives up becomes the error, and its process is gone."""
     source = tmp_path / "source.gguf"
     source.write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(ExportError, match="quantise"):
-        run_llama({"do": "quantise", "source": str(source), "target": str(tmp_path / "t"), "quant": "Q4_K_M"})
+    with pytest.raises(ExportError, match="choose"):
+        run_llama({"do": "choose", "source": str(source), "quants": ["Q4_K_M"]})
 
 
 def test_verify_refuses_what_is_no_gguf(models: dict[str, Path], tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFReader
 
 from advisor.errors import ExportError
 from advisor.export import export_model
@@ -50,6 +53,27 @@ def test_four_bits_of_wide_norms_and_transposed_weights(made: dict[str, Path], t
     file = export_model(made["gpt2"], quants=("Q4_K_M",), out=tmp_path).files[0]
     assert verify_gguf(Path(file.path), against=made["gpt2"]).passed
     assert file.mix["F32"] == 19
+
+
+def test_mixtures_are_those_of_llama_cpp(made: dict[str, Path], tmp_path: Path) -> None:
+    """Written in one pass, every tensor has the type and the bytes that llama.cpp's own quantiser gives it."""
+    quants = ("F32", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M")
+    files = export_model(made["smollm3"], quants=quants, out=tmp_path).files
+    code = (
+        "import ctypes, sys, llama_cpp\n"
+        "for quant in sys.argv[2:]:\n"
+        "    params = llama_cpp.llama_model_quantize_default_params()\n"
+        "    params.ftype = getattr(llama_cpp, f'LLAMA_FTYPE_MOSTLY_{quant}')\n"
+        "    target = f'{sys.argv[1]}.{quant}'.encode()\n"
+        "    assert llama_cpp.llama_model_quantize(sys.argv[1].encode(), target, ctypes.byref(params)) == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", code, files[0].path, *quants[1:]], check=True, capture_output=True)
+    for file in files[1:]:
+        theirs = {tensor.name: tensor for tensor in GGUFReader(f"{files[0].path}.{file.quant}").tensors}
+        ours = {tensor.name: tensor for tensor in GGUFReader(file.path).tensors}
+        assert theirs.keys() == ours.keys()
+        assert [n for n in ours if ours[n].tensor_type != theirs[n].tensor_type] == []
+        assert [n for n in ours if ours[n].data.tobytes() != theirs[n].data.tobytes()] == []
 
 
 def _changed(folder: Path, target: Path, **config: Any) -> Path:
