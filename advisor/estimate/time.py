@@ -57,7 +57,8 @@ def estimate_time(
         rules: tables of kb/rules/time.toml.
 
     Returns:
-        Steps, and bands of seconds a step, seconds, and tokens a second (padding not counted).
+        Steps, and bands of seconds a step, seconds (with the start of the program), and tokens a second
+        (padding not counted).
     """
     mean = min(float(settings.seq_len), max(mean_tokens, 1.0))
     steps = count_steps(settings, rows, epochs, effective_batch, max_steps, mean)
@@ -78,10 +79,15 @@ def estimate_time(
         notes.append("the time to generate answers depends on their length and is the least certain part")
     band = Band(low=second * device.low, expected=second, high=second * device.high)
     tokens = micro_steps * real * settings.gpus
+    start = rules["run"]["start_seconds"] if steps else 0.0
     return TimeEstimate(
         steps=steps,
         seconds_per_step=band,
-        seconds=Band(low=band.low * steps, expected=band.expected * steps, high=band.high * steps),
+        seconds=Band(
+            low=start + band.low * steps,
+            expected=start + band.expected * steps,
+            high=start + band.high * steps,
+        ),
         tokens_per_second=Band(
             low=tokens / band.high, expected=tokens / band.expected, high=tokens / band.low
         ),
