@@ -54,7 +54,7 @@ def write_rows(path: Path, content: list[dict[str, Any]]) -> Path:
 
 def make_run(
     folder: Path, *, tuner: str, model: Path, data: Path, kind: str = "instruction",
-    objective: Objective = "sft", **settings: Value,
+    objective: Objective = "sft", after: str | None = None, **settings: Value,
 ) -> Path:  # fmt: skip
     """Write a run folder with a recipe for the tiny model."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def make_run(
         program=objective,
         objective=objective,
         tuner=tuner,
-        model=RecipeModel(id="tiny", path=str(model)),
+        model=RecipeModel(id="tiny", path=str(model), after=after),
         datasets=(RecipeDataset(name="data", path=str(data), kind=kind),),  # type: ignore[arg-type]
         settings=chosen,
         seed=7,

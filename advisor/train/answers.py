@@ -99,6 +99,15 @@ def render_answers(template: Template, messages: list[Message], tools: Tools) ->
     return Rendered(text=text, spans=spans, prompt=_prompt(template, messages, tools))
 
 
+def render_prompt(template: Template, messages: list[Message]) -> str:
+    """Return what the model is given before it answers.
+
+    Raises:
+        TemplateRefusalError: the template refuses the conversation.
+    """
+    return _render(template, messages, None, prompt=True)
+
+
 def _by_prefix(template: Template, messages: list[Message], tools: Tools, text: str) -> list[tuple[int, int]]:
     found = []
     for number, message in enumerate(messages):

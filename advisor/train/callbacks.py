@@ -93,7 +93,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             total=state.max_steps,
             loss=logs["loss"] if finite else None,
             learning_rate=logs.get("learning_rate"),
-            grad_norm=logs.get("grad_norm"),
+            # Answers that all got the same mark have no gradient; that is no fault of a reinforcement run.
+            grad_norm=(logs.get("grad_norm") or None) if "reward" in logs else logs.get("grad_norm"),
             tokens=state.num_input_tokens_seen,
             **{name: _number(logs[key]) for key, name in TOLD.items() if key in logs},
             **self._pace(state),

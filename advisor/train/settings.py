@@ -110,6 +110,23 @@ class RewardSettings(Settings, frozen=True, kw_only=True):
     """One field for each key of recipes/reward/program.toml."""
 
 
+class ReinforcementSettings(Settings, frozen=True, kw_only=True):
+    """One field for each key of recipes/rloo/program.toml and recipes/grpo/program.toml."""
+
+    num_generations: int = 4
+    kl_beta: float = 0.0
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    reward_functions: list[
+        Literal["exact_match", "contains", "number_match", "regular_expression", "valid_json", "length"]
+    ] = []
+    reward_weights: list[float] = []
+    reward_pattern: str | None = None
+    reward_length: int = 50
+    reward_file: str | None = None
+    reward_model: str | None = None
+
+
 SomeSettings = TypeVar("SomeSettings", bound=Settings)
 
 
@@ -137,6 +154,7 @@ def read_settings(recipe: Recipe, kind: type[SomeSettings], *, cuda: bool) -> So
         *_formats(recipe.tuner, settings, cuda=cuda),
         *_tuners(recipe.tuner, recipe.objective, settings),
         *(_marks(settings) if isinstance(settings, KtoSettings) else ()),
+        *(_groups(settings) if isinstance(settings, ReinforcementSettings) else ()),
     )
     for wrong, message, remedy in conflicts:
         if wrong:
@@ -181,6 +199,22 @@ def _marks(settings: KtoSettings) -> tuple[Conflict, ...]:
             settings.per_step_batch not in (None, settings.micro_batch),
             f"per_step_batch {settings.per_step_batch} is not micro_batch {settings.micro_batch}.",
             "Set both to the same number.",
+        ),
+    )
+
+
+def _groups(settings: ReinforcementSettings) -> tuple[Conflict, ...]:
+    return (
+        (
+            settings.effective_batch % settings.num_generations != 0,
+            f"effective_batch {settings.effective_batch} does not hold whole groups of num_generations "
+            f"{settings.num_generations} answers to one prompt.",
+            "Set one of them so that it does.",
+        ),
+        (
+            settings.num_generations < 2,
+            "One answer to a prompt has no other to be compared with.",
+            "Set num_generations: 2 or more.",
         ),
     )
 

@@ -15,9 +15,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from advisor.errors import RefusedError
+from advisor.estimate.memory import trainable_parameters
+from advisor.knowledge import load
+from advisor.probe.model import read_model
 from advisor.resources import recipes_dir
 from advisor.storage import read_record
-from advisor.types import Program, Recipe
+from advisor.types import MemorySettings, Program, Recipe
 from training import COLOURS, THINGS, events_of, make_run, run_here, write_rows
 
 torch = pytest.importorskip("torch")
@@ -33,7 +36,8 @@ ROOT = Path(__file__).parent.parent.parent
 RECORDS = {
     "sft": records.SftSettings, "cpt": records.CptSettings, "dpo": records.DpoSettings,
     "kto": records.KtoSettings, "orpo": records.OrpoSettings, "simpo": records.SimpoSettings,
-    "reward": records.RewardSettings,
+    "reward": records.RewardSettings, "rloo": records.ReinforcementSettings,
+    "grpo": records.ReinforcementSettings,
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {"kto": {"beta": 0.1}, "cpt": {"loss_on": "all"}, "dpo": {"beta": 0.1}}
 PAIRED = ("dpo", "orpo", "simpo", "reward")
@@ -110,6 +114,19 @@ def test_it_learns_what_it_should(done: Any, objective: str, tuner: str) -> None
         assert found["after"]["margin"] > found["before"]["margin"] + 0.02
     if objective in PAIRED:
         assert found["after"]["accuracy"] >= 0.75
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "kto", "reward", "cpt"])
+def test_it_trains_as_many_weights_as_the_plan_says(
+    done: Any, objective: str, tuner: str, tiny_model: Path
+) -> None:
+    """The count of the estimate is the count of the trained model, the head for marks included."""
+    wanted = trainable_parameters(
+        read_model(str(tiny_model), knowledge=load()),
+        MemorySettings(tuner=tuner, objective=objective, lora_r=8),
+    )
+    assert events_of(done(objective, tuner), "model")[0]["trainable_parameters"] == wanted
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto", "reward"])
@@ -191,6 +208,8 @@ def test_losses_without_a_reference_by_hand() -> None:
         ("kto", "lora", {"lora_init": "pissa", "weight_bits": 32}, "compares with the model without"),
         ("kto", "lora", {"micro_batch": 1}, "one row has none"),
         ("kto", "lora", {"per_step_batch": 8}, "is not micro_batch"),
+        ("grpo", "lora", {"num_generations": 3}, "whole groups"),
+        ("rloo", "lora", {"lora_init": "pissa", "weight_bits": 32}, "compares with the model without"),
         ("dpo", "lora", {"packing": True, "micro_batch": 1}, "row by row"),
     ],
 )
@@ -215,3 +234,111 @@ def test_answers_without_a_comparison_are_refused(tiny_model: Path, tmp_path: Pa
     )  # fmt: skip
     assert run_here(folder) == 1
     assert "same mark" in events_of(folder, "error")[0]["message"]
+
+
+RL: dict[str, Any] = {
+    "effective_batch": 16, "micro_batch": 16, "num_generations": 8, "max_completion_length": 12,
+    "learning_rate": 2e-2, "weight_bits": 32, "keep_checkpoints": 3, "scheduler": "constant",
+    "lora_dropout": 0.0, "kl_beta": 0.01,
+}  # fmt: skip
+
+
+def _rl(folder: Path, model: Path, objective: Any, **changes: Any) -> Path:
+    prompts = write_rows(
+        folder.parent / f"{folder.name}.jsonl", [{"prompt": row["prompt"]} for row in judged()]
+    )
+    return make_run(
+        folder, tuner="lora", model=model, data=prompts, kind="prompts", objective=objective,
+        **{**RL, **changes},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["rloo", "grpo"])
+def test_reinforcement_raises_the_reward_and_resumes_exactly(
+    objective: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Marks of a file of one's own rise on sampled answers; from step 4 on the same bits."""
+    (tmp_path / "own.py").write_text(
+        "def reward(text, reference):\n    return text.count('e') / (len(text) + 1)\n"
+    )
+    whole = _rl(tmp_path / "whole", tiny_model, objective, reward_file=str(tmp_path / "own.py"))
+    assert run_here(whole) == 0, events_of(whole, "error")
+    found = heldout(whole)
+    assert found["after"]["reward"] > 1.3 * found["before"]["reward"]
+    steps = events_of(whole, "step")
+    assert all("reward" in step for step in steps)
+    folder = tmp_path / "again"
+    shutil.copytree(whole, folder)
+    for gone in (folder / "adapter", *(folder / "checkpoints" / f"checkpoint-{step}" for step in (8, 10))):
+        shutil.rmtree(gone)
+    assert run_here(folder) == 0
+    _same_weights(whole / "adapter", folder / "adapter")
+
+
+def test_reinforcement_against_a_reward_model(done: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """RLHF's last stage: the marks of the reward model rise, and the policy is told how far it moved."""
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    shutil.copytree(done("reward") / "adapter", judge / "adapter")
+    folder = _rl(tmp_path / "run", tiny_model, "rloo", reward_model=str(judge))
+    assert run_here(folder) == 0, events_of(folder, "error")
+    found = heldout(folder)
+    assert found["after"]["reward"] > found["before"]["reward"]
+    assert events_of(folder, "data")[0]["rewards"] == ["reward_model"]
+    assert all(step["kl"] is not None for step in events_of(folder, "step"))
+
+
+def test_a_model_that_never_succeeds_is_not_reinforced(tiny_model: Path, tmp_path: Path) -> None:
+    """Where all tried answers have the same mark, and where nothing gives marks, it is refused before."""
+    folder = _rl(
+        tmp_path / "alike", tiny_model, "grpo", reward_functions=["regular_expression"], reward_pattern="^42$"
+    )
+    assert run_here(folder) == 1
+    assert events_of(folder, "error")[0]["code"] == "no_reward_signal"
+    assert not events_of(folder, "step")
+    folder = _rl(tmp_path / "none", tiny_model, "grpo")
+    assert run_here(folder) == 1
+    assert "Nothing says how good" in events_of(folder, "error")[0]["message"]
+
+
+def _same_weights(first: Path, second: Path) -> None:
+    one, other = (load_file(next(folder.glob("*model.safetensors"))) for folder in (first, second))
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_a_later_stage_goes_on_with_the_adapter_and_compares_with_it(
+    done: Any, files: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """DPO after another stage begins at a loss of ln 2 against that stage's result, keeps one plain adapter,
+    and resumes to the same bits."""
+    data, kind = files["dpo"]
+    folders = [tmp_path / name for name in ("whole", "again")]
+    for folder in folders:
+        (folder / "stages" / "1-cpt").mkdir(parents=True)
+        shutil.copytree(done("cpt") / "adapter", folder / "stages" / "1-cpt" / "adapter")
+        make_run(
+            folder, tuner="lora", model=tiny_model, data=data, kind=kind, objective="dpo",
+            after="stages/1-cpt", weight_bits=32, lora_dropout=0.0, keep_checkpoints=3,
+        )  # fmt: skip
+    whole, again = folders
+    assert run_here(whole) == 0, events_of(whole, "error")
+    assert events_of(whole, "step")[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert heldout(whole)["after"]["accuracy"] >= 0.75
+    shutil.copytree(whole / "checkpoints" / "checkpoint-4", again / "checkpoints" / "checkpoint-4")
+    assert run_here(again) == 0
+    assert events_of(again, "step")[0]["step"] == 5
+    _same_weights(whole / "adapter", again / "adapter")
+    assert not [path for path in (whole / "adapter").iterdir() if path.is_dir()]
+
+
+def test_an_adapter_after_a_whole_model_is_refused(files: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """It would later be looked for on another base than the one it was trained on."""
+    data, kind = files["dpo"]
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_model, folder / "stages" / "1-sft" / "model")
+    make_run(
+        folder, tuner="lora", model=tiny_model, data=data, kind=kind, objective="dpo", after="stages/1-sft"
+    )
+    assert run_here(folder) == 1
+    assert "left a whole model" in events_of(folder, "error")[0]["message"]
