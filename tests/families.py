@@ -71,7 +71,9 @@ def make_family(
     ids = (
         write_pieces(folder, vocab=vocab, prefix=not family.startswith("gemma"))
         if spm
-        else _write_tokenizer(folder, kind="gpt2", vocab=vocab, chat_template=True)
+        else _write_tokenizer(
+            folder, kind="qwen2-nfc" if family.startswith("qwen") else "gpt2", vocab=vocab, chat_template=True
+        )
     )
     name, settings = FAMILIES[family]
     made = getattr(transformers, name)(

@@ -44,9 +44,9 @@ _PROMPT = {
     "encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type",
 }  # fmt: skip
 """How virtual tokens were trained; only their embeddings are left of it."""
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 _REFUSED = {
-    "PREFIX_TUNING": "its keys and values have no place in a GGUF; export it with --to prefix-state, "
-    "which llama-cpp-python loads beside the base",
+    "PREFIX_TUNING": "its keys and values in every layer have no place in a GGUF",
     "BOTTLENECK": "its extra layers stay in the way of every answer, and llama.cpp has no place for them",
 }
 _CHANGED_BASE = {"pissa", "olora", "corda", "loftq", "lora_ga"}
@@ -122,8 +122,19 @@ def open_adapter(folder: Path) -> Adapter:
     return found
 
 
+def virtual_tokens(folder: Path | None) -> int:
+    """Return how many virtual tokens an adapter puts before every text."""
+    config = {} if folder is None else read_json(folder / "adapter_config.json")
+    return int(config["num_virtual_tokens"]) if config.get("peft_type") in _PROMPTS else 0
+
+
+def grown_config(config: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return config.json of the model whose vocabulary holds so many virtual tokens more."""
+    return {**config, "vocab_size": config["vocab_size"] + count} if count else config
+
+
 def _check_not_empty(found: Adapter, config: dict[str, Any], folder: Path) -> None:
-    if found.prompt is None and config["peft_type"] in ("PROMPT_TUNING", "P_TUNING"):
+    if found.prompt is None and config["peft_type"] in _PROMPTS:
         raise ModelError(f"{folder} holds no embeddings of virtual tokens.", "Save the adapter again.")
     if not (found.deltas or found.scales or found.tokens or found.saved or found.prompt is not None):
         raise ModelError(f"The adapter in {folder} holds no weights.", "Save the adapter again.")
@@ -159,7 +170,7 @@ def _check_kind(config: dict[str, Any]) -> None:
             f"The adapter was started with init_lora_weights={start!r}, which also changed the base weights.",
             "Save it with peft's path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
         )
-    known = _WITHOUT_EFFECT | _KINDS[kind] | (_PROMPT if kind in ("PROMPT_TUNING", "P_TUNING") else set())
+    known = _WITHOUT_EFFECT | _KINDS[kind] | (_PROMPT if kind in _PROMPTS else set())
     neutral = {key for key, value in config.items() if value in (None, False, [], {})}
     unknown = sorted(set(config) - known - neutral)
     if unknown:

@@ -1,6 +1,6 @@
 """Turns float32 rows into the bytes of a GGUF tensor type.
 
-Goes in: rows. Comes out: bytes as ggml stores them, by ggml itself for every quantised type. Never does: let a value
+Goes in: rows. Comes out: bytes as ggml stores them, by ggml itself where they are quantised. Never does: let a value
 become infinite unnoticed.
 """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from advisor.errors import ExportError, MissingPackageError, UnknownNameError, UsageError
-from advisor.export.adapter import Adapter, open_adapter
+from advisor.export.adapter import Adapter, grown_config, open_adapter
 from advisor.export.architecture import ModelPlan, plan_model
 from advisor.export.checkpoint import optional_json
 from advisor.export.config_fields import is_tied
@@ -34,7 +34,7 @@ from advisor.export.modelfile import modelfile
 from advisor.export.native import run_llama
 from advisor.export.rules import checked_quants, rules
 from advisor.export.source import Trained, find_trained
-from advisor.export.tokenizer import Vocabulary, read_vocabulary
+from advisor.export.tokenizer import Vocabulary, read_vocabulary, with_virtual_tokens
 from advisor.storage import file_sha256, write_atomic, write_json
 from advisor.types import Export, ExportedFile
 
@@ -130,6 +130,11 @@ def _export(
     notes: list[str] = []
     prepared = _prepare(job) if "gguf" in targets else None
     adapter = _lora_of(job) if "lora-gguf" in targets else None
+    if "merged" in targets and job.merged.prompt is not None:
+        raise ExportError(
+            "Virtual tokens cannot be merged into an ordinary model folder.",
+            "Export them as GGUF, --to gguf, or load the adapter with peft.",
+        )
     needed = merged_bytes(job.merged, job.config) if "merged" in targets else 0
     need_space(job.out, needed + METADATA_BYTES)
     types = _types(job, *prepared, quants) if prepared else {}
@@ -153,9 +158,11 @@ def _export(
 
 
 def _prepare(job: Job) -> tuple[ModelPlan, Vocabulary]:
-    plan = plan_model(job.config, own_head=job.merged.own_head)
+    count = 0 if job.merged.prompt is None else len(job.merged.prompt)
+    plan = plan_model(grown_config(job.config, count), own_head=job.merged.own_head)
     check_complete(plan, job.merged)
-    return plan, read_vocabulary(Path(job.trained.tokenizer), Path(job.trained.base), rows=plan.vocab)
+    folders = Path(job.trained.tokenizer), Path(job.trained.base)
+    return plan, with_virtual_tokens(read_vocabulary(*folders, rows=plan.vocab - count), count)
 
 
 def _lora_of(job: Job) -> Adapter:

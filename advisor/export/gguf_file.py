@@ -30,6 +30,8 @@ from advisor.probe.load import free_cores
 from advisor.types import Record
 
 Types: TypeAlias = dict[str, Type]
+_SUPPRESSED = "tokenizer.ggml.suppress_tokens"
+"""Tokens that llama.cpp's samplers leave out."""
 PART_BYTES = 4 << 20
 """Rows are read and converted in parts of about this size (in float32)."""
 
@@ -259,6 +261,9 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
         writer.add_pad_token_id(vocabulary.pad)
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.virtual:
+        last = len(vocabulary.tokens)
+        writer.add_array(_SUPPRESSED, list(range(last - vocabulary.virtual, last)))
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
     if vocabulary.normaliser is not None:

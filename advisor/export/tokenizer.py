@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import msgspec
 
 from advisor.errors import ExportError, ModelError
 from advisor.export.chat_template import Conversation, end_of_turn, read_template, render, token_text
@@ -49,6 +50,8 @@ class Vocabulary(Record, frozen=True, kw_only=True):
     add_bos: bool
     add_eos: bool
     chat_template: str | None
+    virtual: int = 0
+    """So many of the last tokens stand before every text and are never said."""
     normaliser: str | None = None
     """What the trained tokenizer does to text first and llama.cpp does not."""
     notes: tuple[str, ...] = ()
@@ -106,6 +109,31 @@ def read_vocabulary(tokenizer: Path, model: Path, *, rows: int) -> Vocabulary:
         pad=_special(settings, "pad_token", ids), eot=_end_slot(end_ids, tokens), end_ids=end_ids,
         add_bos=add_bos, add_eos=ends is not None, chat_template=plain, normaliser=normaliser, notes=notes,
     )  # fmt: skip
+
+
+def with_virtual_tokens(vocabulary: Vocabulary, count: int) -> Vocabulary:
+    """Return the vocabulary with control tokens for a trained prompt, which the template puts first.
+
+    Raises:
+        ExportError: a token of that name exists.
+    """
+    if not count:
+        return vocabulary
+    added = tuple(f"<|vp_{number}|>" for number in range(count))
+    if set(added) & set(vocabulary.tokens):
+        raise ExportError("The tokenizer already has virtual tokens.", "Export from the base model's folder.")
+    template = vocabulary.chat_template
+    note = f"{count} virtual tokens stand before every conversation; a raw prompt must begin with them"
+    return msgspec.structs.replace(
+        vocabulary,
+        tokens=vocabulary.tokens + added,
+        types=vocabulary.types + (CONTROL,) * count,
+        scores=vocabulary.scores + (0.0,) * count if vocabulary.scores else (),
+        chat_template=None if template is None else f"{{{{ '{''.join(added)}' }}}}{template}",
+        add_bos=False,
+        virtual=count,
+        notes=(*vocabulary.notes, note),
+    )
 
 
 def _special(settings: dict[str, Any], name: str, ids: dict[str, int]) -> int | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from advisor.errors import ExportError, MissingPackageError, RefusedError
+from advisor.export.adapter import grown_config, virtual_tokens
 from advisor.export.architecture import ModelPlan, plan_model
 from advisor.export.chat_template import Conversation
 from advisor.export.checkpoint import open_checkpoint
@@ -24,7 +25,7 @@ from advisor.export.config_fields import is_tied
 from advisor.export.merged import Layout
 from advisor.export.native import Arrays, run_llama
 from advisor.export.source import Trained, find_trained
-from advisor.export.tokenizer import Vocabulary, read_vocabulary
+from advisor.export.tokenizer import Vocabulary, read_vocabulary, with_virtual_tokens
 from advisor.probe.gguf_file import check_gguf
 from advisor.probe.host import memory
 from advisor.storage import write_json
@@ -120,7 +121,11 @@ def _checks(
 
     rules = verify_rules()
     config = trained.config
-    vocabulary = read_vocabulary(Path(trained.tokenizer), Path(trained.base), rows=config["vocab_size"])
+    count = virtual_tokens(None if trained.adapter is None else Path(trained.adapter))
+    vocabulary = with_virtual_tokens(
+        read_vocabulary(Path(trained.tokenizer), Path(trained.base), rows=config["vocab_size"]), count
+    )
+    config = grown_config(config, count)
     _check_memory(trained)
     on_progress("asking the trained model")
     tied = is_tied(config)
@@ -154,7 +159,8 @@ def _late(
 
     bounds = logit_bounds(rules, file.quant, plan.architecture.activation[0])
     count = len(questions.texts)
-    got = [arrays[str(number)] for number in range(len(reference.sequences))]
+    first, size = len(reference.prefix), plan.vocab - len(reference.prefix)
+    got = [arrays[str(number)][first:, :size] for number in range(len(reference.sequences))]
     logits = checks.logits(reference.logits, got, bounds)
     tie = 2 * min(float(values["max_delta"] or 0.0) for values in (logits.measured, logits.bound))
     template = file.fields.get("tokenizer.chat_template")
@@ -188,15 +194,15 @@ def _ask(
         {
             "do": "inspect",
             "gguf": str(gguf),
-            "context": longest + rules.samples.greedy_tokens + 8,
+            "context": longest + len(reference.prefix) + rules.samples.greedy_tokens + 8,
             "texts": texts,
             "with_bos": rendered,
             "conversations": [
                 {"messages": list(c.messages), "generation_prompt": c.generation_prompt}
                 for c in questions.conversations
             ],
-            "sequences": reference.sequences,
-            "prompts": reference.prompts,
+            "sequences": [reference.prefix + ids for ids in reference.sequences],
+            "prompts": [reference.prefix + ids for ids in reference.prompts],
             "greedy_tokens": max(len(tokens) for tokens in reference.greedy),
             "ends": reference.ends,
         }

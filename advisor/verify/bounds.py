@@ -46,6 +46,7 @@ class GeluBounds(Record, frozen=True, kw_only=True):
     kl_mean: float
     kl_max: float
     max_delta: float
+    top1: float
     source: str
     checked: str
 
@@ -89,6 +90,7 @@ def logit_bounds(rules: VerifyRules, quant: str, activation: str) -> LogitBounds
         kl_mean=max(found.kl_mean, table.kl_mean),
         kl_max=max(found.kl_max, table.kl_max),
         max_delta=max(found.max_delta, table.max_delta),
+        top1=min(found.top1, table.top1),
     )
 
 

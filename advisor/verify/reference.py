@@ -59,6 +59,8 @@ class Reference:
     gaps: list[list[float]]
     """For each greedy token, by how much its logit leads the second."""
     special: dict[str, int | None]
+    prefix: list[int]
+    """Virtual tokens, by the ids that they have in the file."""
     weights: dict[str, torch.Tensor]
     deltas: dict[str, Callable[[], torch.Tensor]]
     """Parameter -> what a low-rank adapter adds to it."""
@@ -85,14 +87,15 @@ def load_reference(trained: Trained, questions: Questions, samples: Samples) -> 
         sequences = list(_sequences(tokenizer, questions, samples))
         prompts = [_prompt_ids(tokenizer, text) for text in questions.prompts[: samples.greedy_prompts]]
         with torch.inference_mode():
-            logits = [model(torch.tensor([ids])).logits[0].float().numpy() for ids in sequences]
+            logits = [_logits(model, ids) for ids in sequences]
             continued = [_greedy(model, ids, samples.greedy_tokens, ends) for ids in prompts]
         rendered = [_render(tokenizer, conversation) for conversation in questions.conversations]
-        weights, deltas = _weights(model)
+        weights, deltas, virtual = _weights(model)
+        words, prefix = _virtual_tokens(model, virtual)
         return Reference(
             token_ids=[_ids(tokenizer, text) for text in questions.texts],
-            rendered=rendered,
-            rendered_ids=[None if text is None else _ids(tokenizer, text) for text in rendered],
+            rendered=[None if text is None else words + text for text in rendered],
+            rendered_ids=[None if text is None else prefix + _ids(tokenizer, text) for text in rendered],
             sequences=sequences,
             logits=logits,
             prompts=prompts,
@@ -100,6 +103,7 @@ def load_reference(trained: Trained, questions: Questions, samples: Samples) -> 
             ends=sorted(ends),
             gaps=[gaps for _, gaps in continued],
             special={name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+            prefix=prefix,
             weights=weights,
             deltas=deltas,
         )
@@ -126,6 +130,18 @@ def _load(trained: Trained) -> tuple[Any, Any]:
             "Check the folder; for an adapter, that it belongs to this base.",
         ) from problem
     return tokenizer, model.eval()
+
+
+def _logits(model: Any, ids: list[int]) -> Floats:
+    """Return the logits of a text; those of virtual tokens before it are left out."""
+    found: Floats = model(torch.tensor([ids])).logits[0, -len(ids) :].float().numpy()
+    return found
+
+
+def _virtual_tokens(model: Any, count: int) -> tuple[str, list[int]]:
+    """Return text and ids of the virtual tokens, which come after the vocabulary."""
+    size = model.config.vocab_size
+    return "".join(f"<|vp_{number}|>" for number in range(count)), list(range(size, size + count))
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -183,6 +199,8 @@ def _end_ids(model: Any, tokenizer: Any) -> set[int]:
 
 def _greedy(model: Any, ids: list[int], count: int, ends: set[int]) -> tuple[list[int], list[float]]:
     """Continue by the likeliest token each; also return by how much it led."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return _greedy_from_scratch(model, ids, count, ends)
     given = torch.tensor([ids])
     made = model.generate(
         input_ids=given,
@@ -198,10 +216,26 @@ def _greedy(model: Any, ids: list[int], count: int, ends: set[int]) -> tuple[lis
     return made.sequences[0, len(ids) :].tolist(), [first - second for first, second in best]
 
 
-def _weights(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Callable[[], torch.Tensor]]]:
-    """Return all parameters, with the adapter merged in place by peft, and what it adds to each."""
+def _greedy_from_scratch(
+    model: Any, ids: list[int], count: int, ends: set[int]
+) -> tuple[list[int], list[float]]:
+    """The same without a cache, whose positions peft counts without the virtual tokens."""
+    made: list[int] = []
+    gaps: list[float] = []
+    while len(made) < count and not (made and made[-1] in ends):
+        best = torch.topk(torch.from_numpy(_logits(model, ids + made)[-1]), 2)
+        made.append(int(best.indices[0]))
+        gaps.append(float(best.values[0] - best.values[1]))
+    return made, gaps
+
+
+def _weights(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Callable[[], torch.Tensor]], int]:
+    """Return all parameters with the adapter merged by peft, what it adds to each, and its virtual tokens."""
     if not isinstance(model, PeftModel):
-        return dict(model.state_dict()), {}
+        return dict(model.state_dict()), {}, 0
+    if model.active_peft_config.is_prompt_learning:
+        weights = _with_prompt(model)
+        return weights, {}, model.active_peft_config.num_virtual_tokens
     base = model.get_base_model()
     ends = _live_ends(base) if base.config.tie_word_embeddings else {}
     deltas: dict[str, Callable[[], torch.Tensor]] = {
@@ -213,7 +247,20 @@ def _weights(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Callable[[]
         # peft warns that merging changes both ends of a shared embedding: `ends` holds what they were.
         warnings.simplefilter("ignore", UserWarning)
         weights = dict(model.merge_and_unload(safe_merge=True).state_dict()) | ends
-    return {name: tensor.detach() for name, tensor in weights.items()}, deltas
+    return {name: tensor.detach() for name, tensor in weights.items()}, deltas, 0
+
+
+def _with_prompt(model: Any) -> dict[str, torch.Tensor]:
+    """Return the base's parameters, the virtual tokens' embeddings appended; their logits are the mean."""
+    base = model.get_base_model()
+    layout = Layout.of({"architectures": [type(base).__name__]})
+    with torch.inference_mode():
+        prompt = model.get_prompt(batch_size=1)[0].float()
+        inputs, head = base.get_input_embeddings(), base.get_output_embeddings().weight
+        rows = prompt / inputs.embed_scale if layout.scaled_prompt else prompt
+        mean = head.double().mean(0, keepdim=True).float().expand(len(prompt), -1)
+        ends = {layout.embedding: torch.cat([inputs.weight, rows]), layout.head: torch.cat([head, mean])}
+    return dict(base.state_dict()) | {name: tensor.clone() for name, tensor in ends.items()}
 
 
 def _live_ends(base: Any) -> dict[str, torch.Tensor]:

@@ -60,7 +60,11 @@ def _understood(said: rows.Conversation) -> Conversation | str | None:
 
 def probe_texts(rules: VerifyRules, vocabulary: Vocabulary) -> tuple[str, ...]:
     """Return the texts whose token ids are compared, those with this model's special tokens included."""
-    special = [vocabulary.tokens[i] for i, kind in enumerate(vocabulary.types) if kind == CONTROL][:12]
+    special = [
+        vocabulary.tokens[i]
+        for i, kind in enumerate(vocabulary.types[: len(vocabulary.types) - vocabulary.virtual])
+        if kind == CONTROL
+    ][:12]
     around = [
         text
         for token in special

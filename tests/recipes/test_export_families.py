@@ -56,7 +56,7 @@ def test_four_bits_of_wide_norms_and_transposed_weights(made: dict[str, Path], t
 
 
 def test_mixtures_are_those_of_llama_cpp(made: dict[str, Path], tmp_path: Path) -> None:
-    """Written in one pass, every tensor has the type and the bytes that llama.cpp's own quantiser gives it."""
+    """Written in one pass, every tensor has type and bytes as llama.cpp's own quantiser makes them."""
     quants = ("F32", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M")
     files = export_model(made["smollm3"], quants=quants, out=tmp_path).files
     code = (
