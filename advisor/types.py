@@ -248,6 +248,8 @@ class UnderstoodGoal(Record, frozen=True, kw_only=True):
     """Objective id asked for."""
     phrases: dict[str, str] = {}
     """What was understood -> the words that led to it."""
+    out_of_scope: str | None = None
+    """Key of [scope] in kb/rules/goals.toml, where the wish is none for a language model."""
     unclear: tuple[str, ...] = ()
     """What was not said and had to be assumed."""
 
@@ -540,6 +542,9 @@ class RunReport(Record, frozen=True, kw_only=True):
     last_loss: float | None
     heldout_loss_before: float | None
     heldout_loss_after: float | None
+    heldout_figures: dict[str, dict[str, float]] = {}
+    """Before and after: all that was measured on what was not trained on: loss, loss of each dataset,
+    accuracy, margin, reward."""
     supervised_tokens: int | None
     trainable_parameters: int | None
     artefacts: dict[str, str]

@@ -60,6 +60,7 @@ def build_report(
         last_loss=last.get("loss"),
         heldout_loss_before=heldout.get("before"),
         heldout_loss_after=heldout.get("after"),
+        heldout_figures={when: figures for when in ("before", "after") if (figures := _figures(seen, when))},
         supervised_tokens=_latest(seen, "data", "supervised_tokens"),
         trainable_parameters=_latest(seen, "model", "trainable_parameters"),
         artefacts=artefacts,
@@ -70,5 +71,14 @@ def build_report(
     )
 
 
+def _figures(events: list[dict[str, Any]], when: str) -> dict[str, float]:
+    """Return the last figures that were measured at a time."""
+    found = [event for event in events if event["event"] == "heldout" and event.get("when") == when]
+    rest = ("time", "stage", "event", "when", "step")
+    last = found[-1].items() if found else ()
+    return {name: float(value) for name, value in last if name not in rest and value is not None}
+
+
 def _latest(events: list[dict[str, Any]], name: str, field: str) -> int | None:
-    return next((int(event[field]) for event in reversed(events) if event["event"] == name), None)
+    found = (event[field] for event in reversed(events) if event["event"] == name and field in event)
+    return next((int(value) for value in found), None)

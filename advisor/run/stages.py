@@ -15,7 +15,7 @@ from advisor.errors import InputError, RefusedError
 from advisor.recipe import check
 from advisor.resources import recipes_dir
 from advisor.run.events import read_events, stage_of
-from advisor.storage import file_sha256, read_record
+from advisor.storage import file_sha256, read_record, write_json
 from advisor.types import Plan, Program, Recipe, Record, RunReport, StageEstimate
 
 EVENTS, REPORT, PLAN = "events.jsonl", "report.json", "plan.json"
@@ -116,8 +116,15 @@ def is_done(job: Job) -> bool:
     return True
 
 
-def put_away(job: Job) -> None:
-    """Move the result of a done stage to its folder and drop its checkpoints; may be repeated."""
+def is_put_away(job: Job) -> bool:
+    """Tell whether the result of a done stage lies in its folder; what lies in the run folder then belongs to
+    a later stage."""
+    return (stage_folder(job) / REPORT).is_file()
+
+
+def put_away(job: Job, report: RunReport) -> None:
+    """Move the result of a done stage to its folder and drop its checkpoints; the report, written last, says
+    that all is there."""
     folder, target = Path(job.folder), stage_folder(job)
     target.mkdir(parents=True, exist_ok=True)
     for name in RESULTS:
@@ -125,6 +132,12 @@ def put_away(job: Job) -> None:
             (folder / name).rename(target / name)
     if (folder / CHECKPOINTS).is_dir():
         shutil.rmtree(folder / CHECKPOINTS)
+    artefacts = {
+        name: str((target / place).relative_to(folder))
+        for name, place in report.artefacts.items()
+        if (target / place).exists()
+    }
+    write_json(target / REPORT, msgspec.structs.replace(report, artefacts=artefacts))
 
 
 def got_worse(report: RunReport) -> str:

@@ -33,7 +33,7 @@ from advisor.run.launch import LOG, Interrupts, require_packages, start_program
 from advisor.run.lock import FolderLock
 from advisor.run.policy import Action, RunState, advance, decide
 from advisor.run.report import Status, build_report
-from advisor.run.stages import EVENTS, REPORT, Job, got_worse, is_done, put_away, read_jobs, stage_folder
+from advisor.run.stages import EVENTS, REPORT, Job, got_worse, is_done, is_put_away, put_away, read_jobs
 from advisor.storage import read_record, write_json
 from advisor.types import Recipe, RunReport
 from advisor.units import format_bytes
@@ -70,7 +70,8 @@ def run_plan(folder: Path, *, resume: bool, on_event: OnEvent, offline: bool) ->
         for job in jobs[:-1]:
             if not is_done(job):
                 _run_stage(job, lock=lock, resume=resume, on_event=on_event, offline=offline)
-            put_away(job)
+            if not is_put_away(job):
+                put_away(job, _report(job, status="done", error=None))
         return _run_stage(jobs[-1], lock=lock, resume=resume, on_event=on_event, offline=offline)
 
 
@@ -102,7 +103,8 @@ def _run_stage(job: Job, *, lock: FolderLock, resume: bool, on_event: OnEvent, o
         for event in reader.new_events():
             on_event(event)
         report = _report(job, status=status, error=error)
-        write_json(folder / REPORT if error or job.last else stage_folder(job) / REPORT, report)
+        if error is not None or job.last:
+            write_json(folder / REPORT, report)
     if error is not None:
         raise error
     return report

@@ -112,7 +112,7 @@ def virtual_tokens(model: torch.nn.Module) -> int:
 
 def heldout_figures(
     trainer: AnswerTrainer, rows: dict[str, Dataset], settings: Settings
-) -> dict[str, float | dict[str, float] | None]:
+) -> dict[str, float | None]:
     """Return the mean loss over the trained tokens of all rows, and of each dataset where there are
     several."""
     losses, tokens = {}, {}
@@ -124,7 +124,8 @@ def heldout_figures(
     if not losses:
         return {"loss": None}
     total = sum(losses[name] * tokens[name] for name in losses) / sum(tokens.values())
-    return {"loss": total, "by_dataset": losses} if len(losses) > 1 else {"loss": total}
+    each = {f"loss of {name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
+    return {"loss": total, **each}
 
 
 def mean_token_loss(trainer: AnswerTrainer, rows: Dataset | None, settings: Settings) -> float | None:
