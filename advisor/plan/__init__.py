@@ -12,7 +12,7 @@ from advisor.estimate.disk import estimate_disk
 from advisor.estimate.memory import estimate_memory
 from advisor.knowledge import Knowledge
 from advisor.plan import overrides as own
-from advisor.plan.case import Case
+from advisor.plan.case import Case, limit
 from advisor.plan.export import export_plan
 from advisor.plan.settings import Sheet, stage_sheet
 from advisor.plan.warn import warnings_of
@@ -34,6 +34,9 @@ from advisor.types import (
     Verdict,
 )
 from advisor.units import format_bytes
+
+LONGEST = ("choice", "fit", "hopeless_hours")
+"""Where the longest training stands that is still advised without a word."""
 
 __all__ = ["make_plan"]
 
@@ -88,6 +91,8 @@ def _plan_model(spec: ModelSpec | None) -> PlanModel | None:
 def _export(
     advice: Advice, option: Option | None, spec: ModelSpec | None, knowledge: Knowledge
 ) -> ExportPlan | None:
+    if advice.situation.goal.out_of_scope and option is None:
+        return None
     if spec is None or (option is None and advice.decision.instead not in ("none", None)):
         return None
     return export_plan(spec, option.proposal.facts if option else None, advice.situation, knowledge)
@@ -187,7 +192,8 @@ def _verdict(case: Case, knowledge: Knowledge) -> Verdict:
         return "change_plan"
     if case.option.fit and any(stage.cut for stage in case.option.fit.stages):
         return "change_plan"
-    if not case.option.in_time and situation.scenario.goal.max_hours is not None:
+    limited = situation.scenario.goal.max_hours is not None
+    if not case.option.in_time and (limited or case.seconds() > 3600 * limit(knowledge, *LONGEST)):
         return "change_plan"
     return "train"
 

@@ -18,6 +18,15 @@ Values = dict[str, Any] | None
 LATER = PREFERENCE | {"rloo", "grpo"}
 
 
+def out_of_scope(case: Case, knowledge: Knowledge) -> Values:
+    """The wish is none for a model that reads and writes text."""
+    key = case.situation.goal.out_of_scope
+    if key is None:
+        return None
+    scope = rule(knowledge, "goals", "scope")[key]
+    return {"detail": f"{scope['title']}: {scope['remedy']}"}
+
+
 def closed_weights(case: Case, knowledge: Knowledge) -> Values:
     """A hosted model was named."""
     return {} if case.situation.named.how == "closed" else None
@@ -123,7 +132,7 @@ def merge_before_gguf(case: Case, knowledge: Knowledge) -> Values:
         return None
     if wants or state == "has_adapter":
         return {"severity": "must"}
-    return {"severity": "should"} if case.tuner == "qlora" else None
+    return {"severity": "should"} if case.option else None
 
 
 def quality_loss_low_bit(case: Case, knowledge: Knowledge) -> Values:
@@ -163,7 +172,8 @@ def override_out_of_range(case: Case, knowledge: Knowledge) -> Values:
 CHECKS = tuple(
     (check.__name__, check)
     for check in (
-        prompt_baseline_first, method_changed, closed_weights, use_unquantized_base, licence, gated,
+        out_of_scope, prompt_baseline_first, method_changed,
+        closed_weights, use_unquantized_base, licence, gated,
         does_not_fit, no_bias_terms, scale_effect, lower_lr_than_sft, reward_hacking, generation_cost,
         merge_before_gguf, quality_loss_low_bit, cannot_export, override_out_of_range,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from advisor.knowledge import Knowledge
 from advisor.plan.case import Case
 from advisor.recommend import Option
+from advisor.recommend.fit import least_bytes
 from advisor.recommend.reasons import because
 from advisor.recommend.situation import rows_of
 from advisor.types import Alternative, Verdict
@@ -112,20 +113,27 @@ def alternatives(case: Case, knowledge: Knowledge) -> tuple[Alternative, ...]:
     allowed, seconds = situation.scenario.goal.max_hours, case.seconds()
     if allowed is not None and case.stages and seconds > allowed * 3600:
         suggest("less_data", hours=f"{allowed:g}", share=f"{allowed * 3600 / seconds:.0%}")
-    if better := _next_better(case):
+    if decision.instead is None and (better := _next_better(case)):
         option, needed = better
+        if option.no_fit and option.no_fit.rough:
+            needed = least_bytes(option.proposal, situation, knowledge)
         names = {"method": option.proposal.tuner, "model": option.proposal.spec.id}
         suggest("more_memory", memory=format_bytes(needed), **names)
     return tuple(found)
 
 
 def _next_better(case: Case) -> tuple[Option, float] | None:
-    """The better way that lacks the least memory, and what it needs; the method asked for comes first."""
+    """What lacks the least memory: of what was asked for and refused, else of what would be better."""
+    advice, goal = case.advice, case.situation.goal
+    lacking = [(o, o.no_fit.needed_bytes) for o in advice.options if o.no_fit and o.no_fit.needed_bytes]
+    wished: list[tuple[Option, float]] = []
+    if advice.model_refused is not None and case.situation.spec is not None:
+        wished = [pair for pair in lacking if pair[0].proposal.spec.id == case.situation.spec.id]
+    if advice.method_refused is not None:
+        wished = [pair for pair in wished or lacking if pair[0].proposal.tuner == goal.requested_method]
     score = case.option.score if case.option else float("-inf")
-    lacking = [(o, o.no_fit.needed_bytes) for o in case.advice.options if o.no_fit and o.score > score]
-    asked = case.situation.goal.requested_method
-    lacking = [pair for pair in lacking if pair[0].proposal.tuner == asked] or lacking
-    return min(lacking, key=lambda pair: pair[1], default=None)
+    better = [pair for pair in lacking if pair[0].score > score]
+    return min(wished or better, key=lambda pair: pair[1], default=None)
 
 
 def assumptions(case: Case, knowledge: Knowledge) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from advisor.errors import UnknownNameError
 from advisor.knowledge import Knowledge
 from advisor.recommend.amount import hours_of
 from advisor.recommend.chains import Decision, decide
-from advisor.recommend.fit import Fit, NoFit, fit
+from advisor.recommend.fit import Fit, NoFit, fit, too_large
 from advisor.recommend.gates import (
     MAIN_TUNERS,
     Objection,
@@ -115,7 +115,7 @@ def _advice(
     plain = [o for o in plain if o.in_time] or plain
     chosen = next(iter(wished or plain or fitting), None)
     if chosen and not wished:
-        chosen = _roomier(chosen, plain, situation)
+        chosen = _roomier(chosen, plain, named=situation.spec is not None and refused is None)
     method_refused = None
     if asked and not asked.startswith("none") and (chosen is None or chosen.proposal.tuner != asked):
         method_refused = _why_not_this_tuner(asked, options, knowledge)
@@ -125,10 +125,10 @@ def _advice(
     )  # fmt: skip
 
 
-def _roomier(chosen: Option, options: list[Option], situation: Situation) -> Option:
+def _roomier(chosen: Option, options: list[Option], *, named: bool) -> Option:
     """Rather a combination that needs no shorter rows or smaller rank; of the model that was named."""
     other = [o for o in options if o.proposal.tuner in MAIN_TUNERS]
-    if situation.spec is not None:
+    if named:
         other = [o for o in other if o.proposal.spec.id == chosen.proposal.spec.id]
     whole = [o for o in other if o.fit and o.fit.whole]
     return whole[0] if whole and chosen.fit and not chosen.fit.whole else chosen
@@ -219,8 +219,12 @@ def _estimate_in_order(
     judged: list[Option] = []
     more: int | None = None
     for option in options:
-        if option.objection or option.fit or (more is not None and more <= 0):
+        if option.objection or option.fit:
             judged.append(option)
+            continue
+        if more is not None and more <= 0:
+            alone = None if option.no_fit or offload else too_large(option.proposal, situation)
+            judged.append(msgspec.structs.replace(option, no_fit=alone) if alone else option)
             continue
         found = fit(option.proposal, situation, knowledge, offload=offload)
         if isinstance(found, NoFit):

@@ -19,6 +19,10 @@ PREFERENCE = frozenset({"dpo", "kto", "orpo", "simpo"})
 REINFORCEMENT = frozenset({"rloo", "grpo"})
 MANNER = frozenset({"language", "style", "code"})
 """Tasks for which plain text is worth reading on, beside facts."""
+INPUT_HOLDS_FACTS = frozenset(
+    {"classification", "extraction", "summarisation", "translation", "tool_calling"}
+)
+"""Tasks whose facts stand in the request or come from a tool, so that they may change."""
 
 Instead = tuple[str, Why]
 """none_rag, none_prompting or none, and why."""
@@ -52,7 +56,8 @@ def decide(situation: Situation, knowledge: Knowledge) -> Decision:
     if instead is None and not chain:
         instead = ("none_prompting", because(knowledge, "instead", "no_data"))
     if instead is not None and not (situation.force and chain):
-        verdict: Verdict = "export_only" if instead[0] == "none" else "dont_train_yet"
+        exports = instead[0] == "none" and situation.goal.out_of_scope is None
+        verdict: Verdict = "export_only" if exports else "dont_train_yet"
         return Decision(
             chain=chain, why=instead[1].reason, instead=instead[0], verdict=verdict,
             refused_request=refused, rejected=rejected,
@@ -65,10 +70,18 @@ def decide(situation: Situation, knowledge: Knowledge) -> Decision:
 
 
 def _instead_of_training(situation: Situation, knowledge: Knowledge) -> Instead | None:
-    for check in (_only_export, _only_text, _changing_facts, _too_few, _no_target):
+    for check in (_out_of_scope, _only_export, _only_text, _changing_facts, _too_few, _no_target):
         if answer := check(situation, knowledge):
             return answer
     return None
+
+
+def _out_of_scope(situation: Situation, knowledge: Knowledge) -> Instead | None:
+    key = situation.goal.out_of_scope
+    if key is None:
+        return None
+    scope = rule(knowledge, "goals", "scope")[key]
+    return "none", because(knowledge, "instead", "out_of_scope", wish=scope["title"], remedy=scope["remedy"])
 
 
 def _only_export(situation: Situation, knowledge: Knowledge) -> Instead | None:
@@ -102,6 +115,8 @@ def _changing_facts(situation: Situation, knowledge: Knowledge) -> Instead | Non
     if not situation.wish("changing_facts") or situation.pairs or situation.unpaired or situation.answered:
         return None
     if situation.goal.task not in ("facts", "chat", "instruction") and "facts" not in situation.goal.tasks:
+        return None
+    if INPUT_HOLDS_FACTS & set(situation.goal.tasks):
         return None
     phrase = repr(situation.goal.phrases["changing_facts"])
     return "none_rag", because(knowledge, "instead", "changing_facts", phrase=phrase)

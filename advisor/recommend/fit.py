@@ -86,6 +86,8 @@ class NoFit(Record, frozen=True, kw_only=True):
     needed_bytes: float
     free_bytes: int
     reason: str
+    rough: bool = False
+    """True when only the weights were counted."""
 
 
 class _Try(Record, frozen=True, kw_only=True):
@@ -184,6 +186,14 @@ def _fit_stage(
     )  # pragma: no cover - the last attempt is the frugal one, which fitted
 
 
+def too_large(proposal: Proposal, situation: Situation) -> NoFit | None:
+    """The verdict without an estimate: weights that exceed all devices together."""
+    bits = _variants(proposal, situation)[-1][0]
+    gpus = situation.machine.gpus
+    layout = Layout(gpus=gpus, shard="fsdp" if gpus > 1 else "none")
+    return _weights_alone(proposal, _Try(micro_batch=1, seq_len=1, weight_bits=bits), layout, situation)
+
+
 def _weights_alone(proposal: Proposal, frugal: _Try, layout: Layout, situation: Situation) -> NoFit | None:
     """Rule out at once what exceeds the device with its weights alone."""
     if layout.offload:
@@ -195,7 +205,22 @@ def _weights_alone(proposal: Proposal, frugal: _Try, layout: Layout, situation: 
         return None
     share = f" on each of {shards} devices" if shards > 1 else ""
     reason = f"its weights alone take {format_bytes(alone)}{share}, and {format_bytes(free)} are free"
-    return NoFit(needed_bytes=alone, free_bytes=free, reason=reason)
+    return NoFit(needed_bytes=alone, free_bytes=free, reason=reason, rough=True)
+
+
+def least_bytes(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> float:
+    """What every device must have at least, at the most frugal settings of the largest stage."""
+    gpus = situation.machine.gpus
+    layout = Layout(gpus=gpus, shard="fsdp" if gpus > 1 else "none")
+    peaks = []
+    for objective in proposal.chain:
+        lengths = lengths_of(datasets_of(objective, situation), rule(knowledge, "data", "lengths"))
+        if objective == "cpt":
+            lengths = _text_lengths(lengths, knowledge)
+        *_, frugal = _tries(proposal, objective, lengths, layout, situation, knowledge)
+        _, estimate = _estimate(proposal, objective, frugal, layout, situation, knowledge)
+        peaks.append(estimate.peak_bytes.high)
+    return max(peaks, default=0.0)
 
 
 def _tries(

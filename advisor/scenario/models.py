@@ -41,7 +41,7 @@ def name_model(text: str, knowledge: Knowledge) -> NamedModel:
         return NamedModel(asked=asked, how="known", spec=spec)
     original = _unquantised(asked, rules["quantised"]["words"])
     if original != asked:
-        spec = _known(original, knowledge)
+        spec = _known(original, knowledge) or _guessed(original, knowledge)
         return NamedModel(asked=asked, how="quantised" if spec else "unknown", spec=spec)
     words = asked.lower()
     is_open = any(word in words for word in rules["hosted"]["open_words"])
@@ -62,8 +62,15 @@ def _short(model_id: str) -> str:
     return model_id.rsplit("/", 1)[-1].lower()
 
 
+def _respelt(short: str, knowledge: Knowledge) -> str:
+    """A publisher's own spelling of a name, where another is common."""
+    spellings = knowledge.rules["closed_models"]["respelt"]
+    starts = [start for start in spellings if start.endswith("-") and short.startswith(start)]
+    return spellings[starts[0]] + short.removeprefix(starts[0]) if starts else short
+
+
 def _known(asked: str, knowledge: Knowledge) -> ModelSpec | None:
-    lower, short = asked.lower(), _short(asked)
+    lower, short = asked.lower(), _respelt(_short(asked), knowledge)
     for key, facts in knowledge.models.items():
         if key.lower() == lower:
             return spec_of(key, facts)
@@ -101,12 +108,21 @@ def _unquantised(asked: str, marks: Iterable[str]) -> str:
     return re.sub(rf"[-_.](?:{pattern}|i1|unsloth)(?=$|[-_.])", "", name, flags=re.IGNORECASE)
 
 
+def _size(asked: str, knowledge: Knowledge) -> float:
+    """Parameters by the name: of a known mixture, else the figure in it (`7B`, `8x7B`, `270m`); 0 unknown."""
+    sizes, name = knowledge.rules["closed_models"]["sizes"], asked.lower()
+    if (found := re.search(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*([bm])(?![a-z0-9])", name)) is not None:
+        return float(found[1]) * (1e9 if found[2] == "b" else 1e6)
+    listed = zip(sizes["names"], sizes["parameters"], strict=True)
+    if known := [figure for word, figure in listed if word in name]:
+        return float(known[0])
+    experts = re.search(r"(?<![a-z0-9.])(\d+)x(\d+(?:\.\d+)?)b(?![a-z0-9])", name)
+    return float(experts[1]) * float(experts[2]) * 1e9 if experts else 0.0
+
+
 def _guessed(asked: str, knowledge: Knowledge) -> ModelSpec | None:
     """A hub id that kb/ does not know, by the size in its name: the nearest dense model with more layers."""
-    found = re.search(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*([bm])(?![a-z0-9])", asked.lower())
-    if not found:
-        return None
-    size = float(found[1]) * (1e9 if found[2] == "b" else 1e6)
+    size = _size(asked, knowledge)
     dense = [(key, facts) for key, facts in knowledge.models.items() if not facts.experts]
     if not dense or size <= 0:
         return None
@@ -114,9 +130,12 @@ def _guessed(asked: str, knowledge: Knowledge) -> ModelSpec | None:
     like = spec_of(key, facts)
     layers = max(1, round(like.shape.layers * size / like.parameters))
     words = re.split(r"[^a-z]+", asked.lower())
+    forbidden = knowledge.rules["licences"]["noncommercial"]
+    closed = any(word in asked.lower() for word in forbidden["words"])
     return msgspec.structs.replace(
         like, id=asked, shape=msgspec.structs.replace(like.shape, layers=layers), parameters=round(size),
-        instruct=bool({"instruct", "it", "chat"} & set(words)), licence=None, commercial=None,
+        instruct=bool({"instruct", "it", "chat"} & set(words)),
+        licence=forbidden["licence"] if closed else None, commercial=False if closed else None,
         licence_note="", gated=False, languages=(), source="judgement", verified=False,
     )  # fmt: skip
 

@@ -141,3 +141,98 @@ def test_a_negated_word_is_not_a_wish(text: str) -> None:
 def test_only_whole_words_match() -> None:
     """`start` does not contain the wish `art`."""
     assert find_phrase(normalise("a startup"), ["start"]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "task"),
+    [
+        ("I want a bot that talks like Shakespeare", "style"), ("give replies in pirate speak", "style"),
+        ("answer emails the way I do", "style"), ("make it funnier", "style"), ("write haiku", "style"),
+        ("sort incoming tickets into 12 categories", "classification"),
+        ("fraud detection", "classification"),
+        ("is this review positive or negative", "classification"), ("clasify emails", "classification"),
+        ("sentimnt of posts", "classification"), ("convert free text to XML", "extraction"),
+        ("get it to call my API", "tool_calling"),
+        ("better at logic", "reasoning"), ("SQL assistant", "code"),
+        ("autocomplete for our codebase", "code"), ("translate Finnish to English", "translation"),
+        ("shorten news articles", "summarisation"), ("teach it medical knowledge", "facts"),
+        ("Q&A over company documents", "facts"), ("stop it from refusing harmless things", "preference"),
+        ("every month a new task comes", "continual"), ("do not train, only convert to GGUF", "export"),
+        ("not for coding, just poems", "style"),
+        ("I don't want a chatbot, I want a classifier", "classification"),
+        ("assistant that classifies tickets: triage", "classification"),
+    ],
+)  # fmt: skip
+def test_any_phrasing_of_a_task(text: str, task: str) -> None:
+    """Everyday words, negations and slips of the finger are understood; mere talk gives way to the task."""
+    assert understand(Goal(text=text), K).task == task
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("must run on my phone", "phone"), ("for my old ThinkPad", "laptop"),
+        ("no internet access", "offline"),
+        ("not on a server, on my laptop", "laptop"), ("classify phone reviews", "unstated"),
+        ("support for customers who repair PCs", "unstated"), ("a story about a robot", "unstated"),
+    ],
+)  # fmt: skip
+def test_a_device_is_a_place_only_where_something_runs_on_it(text: str, place: str) -> None:
+    """In free text `on my phone` says where, `phone reviews` does not."""
+    assert understand(Goal(text=text), K).deploy == place
+
+
+@pytest.mark.parametrize(
+    ("text", "wish", "there"),
+    [
+        ("latency does not matter", "low_latency", False), ("must answer within 200 ms", "low_latency", True),
+        ("not small", "small", False), ("not only small but fast answers", "small", True),
+        ("prices change daily", "changing_facts", True), ("facts that never change", "changing_facts", False),
+        ("life-changing stories", "changing_facts", False), ("refreshed every night", "changing_facts", True),
+        ("keep what it can already do", "must_not_forget", True), ("research only", "commercial", False),
+        ("an adapter for each customer", "tenants", True), ("as good as possible", "best", True),
+    ],
+)  # fmt: skip
+def test_wishes_and_their_denials(text: str, wish: str, there: bool) -> None:
+    """A wish counts unless it is denied before or dismissed behind."""
+    assert (wish in understand(Goal(text=text), K).wishes) is there
+
+
+@pytest.mark.parametrize(
+    ("asked", "tuner", "objective", "said"),
+    [
+        ("ppo", None, "rloo", "PPO is not offered"), ("dora", "lora", None, "use_dora"),
+        ("ipo", None, "dpo", "IPO"), ("galore", "full", None, "8-bit"), ("dapo", None, "grpo", "GRPO"),
+    ],
+)  # fmt: skip
+def test_a_method_under_another_name(asked: str, tuner: str | None, objective: str | None, said: str) -> None:
+    """A known relative is not an error: what stands in for it is taken and told."""
+    goal = understand(Goal(requested_method=asked), K)
+    assert (goal.requested_method, goal.requested_objective) == (tuner, objective)
+    assert any(said in note for note in goal.unclear)
+
+
+def test_names_of_people_are_no_methods() -> None:
+    """Dora and Vera ask for nothing; `not LoRA but full fine-tuning` asks for one thing."""
+    assert understand(Goal(text="a persona called Dora, friend of Vera"), K).requested_method is None
+    assert understand(Goal(text="not LoRA but full fine-tuning"), K).requested_method == "full"
+
+
+def test_contradicting_wishes_are_told() -> None:
+    """The smallest and the best at once: what was taken is said."""
+    goal = understand(Goal(text="poems", priorities=("small", "max quality")), K)
+    assert any("contradict" in note for note in goal.unclear)
+
+
+@pytest.mark.parametrize(
+    ("text", "scope"),
+    [
+        ("recognise defects in photos", "vision"), ("generate pictures", "pictures"),
+        ("speech to text", "speech"), ("create embeddings for search", "embeddings"),
+        ("forecast sales", "forecasting"), ("write prompts about an image", None),
+        ("no OCR, only text", None),
+    ],
+)  # fmt: skip
+def test_wishes_beyond_text(text: str, scope: str | None) -> None:
+    """What no text model can do is recognised."""
+    assert understand(Goal(text=text), K).out_of_scope == scope

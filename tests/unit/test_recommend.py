@@ -496,7 +496,7 @@ def test_candidates_come_best_first_and_keep_the_rejected() -> None:
 def test_the_free_choice_estimates_only_what_it_needs() -> None:
     """With some hundred combinations most are ranked without an estimate."""
     advice = advise(scenario(rows(), model="auto"), K)
-    estimated = [o for o in advice.options if o.fit or o.no_fit]
+    estimated = [o for o in advice.options if o.fit or (o.no_fit and not o.no_fit.rough)]
     assert len(estimated) < len(advice.options) / 4
 
 
@@ -520,3 +520,57 @@ def test_a_free_choice_never_needs_a_quantisation_with_visible_loss() -> None:
     assert named.export is not None
     assert named.export.quant == "Q3_K_M"
     assert "quality_loss_low_bit" in codes(named)
+
+
+def test_a_wish_beyond_text_is_not_trained() -> None:
+    """Whatever the rows, a model of text does not learn to see; --force trains all the same."""
+    made = plan(rows(), text="recognise defects in photos")
+    assert (made.verdict, made.method, made.export) == ("dont_train_yet", "none", None)
+    assert "out_of_scope" in codes(made)
+    assert plan(rows(), text="recognise defects in photos", force=True).stages
+
+
+@pytest.mark.parametrize(
+    "text", ["classify the latest news", "summarise breaking news", "translate prices that change daily"]
+)
+def test_what_stands_in_the_request_may_change(text: str) -> None:
+    """Changing facts speak against training only where the model would have to know them."""
+    assert plan(rows(), text=text).verdict == "train"
+
+
+def test_training_for_weeks_is_not_advised() -> None:
+    """Eight billion parameters on a processor: possible, but another plan is better."""
+    hardware = {"accelerator": "none", "ram_gib": 64, "cpu_cores": 4}
+    assert plan(rows(), hardware=hardware, model="Qwen/Qwen3-8B").verdict == "change_plan"
+
+
+def test_a_stand_in_is_one_that_needs_no_cuts() -> None:
+    """Where the model asked for does not fit, the next one fits with whole rows and rank."""
+    made = plan(rows(), hardware={"accelerator": "RTX 3070"}, model="Qwen/Qwen3-8B")
+    assert made.verdict == "change_model"
+    assert "truncation" not in codes(made)
+    assert made.stages[0].settings["lora_r"] == 16
+
+
+@pytest.mark.parametrize(
+    ("hardware", "model", "wish", "least"),
+    [
+        ("RTX 4090", "meta-llama/Llama-3.3-70B-Instruct", {}, 40),
+        ("RTX 4090", "meta-llama/Llama-3.1-8B-Instruct", {"requested_method": "full"}, 40),
+    ],
+)
+def test_the_memory_that_a_refused_wish_needs(
+    hardware: str, model: str, wish: dict[str, str], least: float
+) -> None:
+    """A refused model or method is answered with the memory that makes it possible, not its weights alone."""
+    made = plan(rows(), hardware={"accelerator": hardware}, model=model, **wish)
+    told = next(a.message for a in made.alternatives if a.code == "more_memory")
+    assert model in told
+    assert float(told.split()[1]) > least
+
+
+def test_what_exceeds_the_device_is_never_possible() -> None:
+    """A combination whose weights alone are too large is rejected without an estimate."""
+    made = plan(rows(), hardware={"accelerator": "RTX 3070"}, model="auto")
+    large = {c.verdict for c in made.candidates if "32B" in c.model and c.method in ("lora", "full")}
+    assert large == {"rejected"}

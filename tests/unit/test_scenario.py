@@ -178,3 +178,28 @@ def test_an_unknown_id_without_a_size_stays_unknown() -> None:
 def test_other_words_leave_the_choice_free() -> None:
     """A wish in words is not an error: the model is chosen."""
     assert name_model("something for poems", K).how == "words"
+
+
+@pytest.mark.parametrize(
+    ("text", "how", "billions"),
+    [
+        ("TheBloke/Llama-2-7B-GPTQ", "quantised", 7),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "guessed", 46.7),
+        ("deepseek-ai/DeepSeek-V3", "guessed", 671), ("acme/Own-4x2B", "guessed", 8),
+        ("bartowski/Meta-Llama-3.1-8B-Instruct-GGUF", "quantised", 8.03),
+        ("NousResearch/Meta-Llama-3.1-8B-Instruct", "known", 8.03),
+    ],
+)  # fmt: skip
+def test_names_that_tell_a_size_in_their_own_way(text: str, how: str, billions: float) -> None:
+    """Quantised copies, mixtures of experts and well-known names without a figure are sized."""
+    named = name_model(text, K)
+    assert named.how == how
+    assert named.spec is not None
+    assert named.spec.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_a_known_non_commercial_maker_counts_without_an_entry() -> None:
+    """The licence of a model that is not in kb/ is known by its name where its maker forbids selling."""
+    spec = name_model("CohereForAI/aya-expanse-8b", K).spec
+    assert spec is not None
+    assert spec.commercial is False
