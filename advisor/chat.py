@@ -77,11 +77,37 @@ class ChatSession:
         # Freed before Python takes its modules apart: llama-cpp-python complains on the terminal afterwards.
         self._close = weakref.finalize(self, self._model.close)
         self.context_tokens = min(context_tokens, self._model._model.n_ctx_train())
-        self._adapter = None if lora is None else self._put_on(lora, lora_scale)
+        self._adapters: dict[Path, Any] = {}
+        if lora is not None:
+            self.use_adapters({lora: lora_scale})
         self._render = _formatter(self._model)
         self._composes = self._model.metadata.get(NORMALISER_KEY) == "NFC"
         self.messages: list[dict[str, str]] = []
         self.reset()
+
+    def use_adapters(self, scales: dict[Path, float]) -> None:
+        """Put these adapters on the model, and only these, without loading the model again.
+
+        Args:
+            scales: LoRA-GGUF -> strength; 1 is as trained. Empty: the base alone.
+
+        Raises:
+            InputError: one is no LoRA-GGUF, or belongs to another model; those before stay on.
+            ExportError: llama.cpp does not take them together.
+        """
+        import llama_cpp
+
+        for path in scales:
+            if path not in self._adapters:
+                self._adapters[path] = self._read_adapter(path)
+        count = len(scales)
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * count)(*(self._adapters[p] for p in scales))
+        strengths = (ctypes.c_float * count)(*scales.values())
+        if llama_cpp.llama_set_adapters_lora(self._model._ctx.ctx, adapters, count, strengths):
+            names = ", ".join(path.name for path in scales)
+            raise ExportError(f"llama.cpp does not put {names} on the model.", "Export it merged: --to gguf")
+        # What was computed with other adapters must not be taken for the same text's beginning.
+        self._model.reset()
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -178,8 +204,8 @@ class ChatSession:
                 "The file may be cut short: copy it again, or check it with ftadvisor verify.",
             ) from problem
 
-    def _put_on(self, lora: Path, scale: float) -> Any:
-        """Put an adapter on the model.
+    def _read_adapter(self, lora: Path) -> Any:
+        """Load an adapter beside the model.
 
         Raises:
             InputError: it is no LoRA-GGUF, or belongs to another model.
@@ -193,9 +219,6 @@ class ChatSession:
                 f"llama.cpp does not take the adapter {lora}: {self._said.reason() or 'it does not fit'}",
                 "Put it on the base model that it was trained on.",
             )
-        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
-        if llama_cpp.llama_set_adapters_lora(self._model._ctx.ctx, adapters, 1, (ctypes.c_float * 1)(scale)):
-            raise ExportError(f"llama.cpp does not put {lora} on the model.", "Export it merged: --to gguf")
         return adapter
 
 

@@ -26,7 +26,9 @@ class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @click.argument("gguf", type=options.FILE)
 @click.option("--prompt", help="One turn, then end.")
 @click.option("--compare", type=options.FILE, help="A second file to answer beside it.")
-@click.option("--lora", type=options.FILE, help="LoRA-GGUF adapter to put on the base.")
+@click.option(
+    "--lora", multiple=True, help="LoRA-GGUF adapter to put on the base; FILE=0.5 at half strength."
+)
 @click.option("--system", help="System prompt.")
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."
@@ -39,7 +41,7 @@ def chat(
     gguf: Path,
     prompt: str | None,
     compare: Path | None,
-    lora: Path | None,
+    lora: tuple[str, ...],
     system: str | None,
     temperature: float,
     max_tokens: int,
@@ -53,13 +55,14 @@ def chat(
     sessions = {
         str(file): ChatSession(
             file,
-            lora=lora if file == gguf else None,
             system=system,
             temperature=temperature,
             max_tokens=max_tokens,
         )
         for file in files
     }
+    if lora:
+        sessions[str(gguf)].use_adapters(dict(map(_adapter, lora)))
     if as_json:
         answers = {name: "".join(session.reply(str(prompt))) for name, session in sessions.items()}
         print_json(ChatAnswer(prompt=str(prompt), answers=answers))
@@ -71,3 +74,16 @@ def chat(
     else:
         turn(sessions, prompt)
         print_text("")
+
+
+def _adapter(text: str) -> tuple[Path, float]:
+    """Return file and strength of `FILE` or `FILE=STRENGTH`."""
+    name, found, strength = text.rpartition("=")
+    if not found or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(name), float(strength)
+    except ValueError:
+        raise UsageError(
+            f"{strength!r} is no strength of an adapter.", "For example: --lora a.gguf=0.5"
+        ) from None

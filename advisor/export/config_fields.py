@@ -43,7 +43,7 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
     if name not in known:
         raise ExportError(
             f"The architecture {name} cannot be exported to GGUF here. Known: {', '.join(sorted(known))}.",
-            "Let llama.cpp's own converter try: export FOLDER --converter auto; or export --to merged",
+            "Export merged weights instead: ftadvisor export FOLDER --to merged",
         )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")

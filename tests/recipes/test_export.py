@@ -467,7 +467,13 @@ def test_adapter_at_run_time_equals_the_merged_file(
     on_base = ChatSession(_file(base, "F32"), lora=lora, max_tokens=24)
     text = "".join(on_base.reply("Hello"))
     assert text == answer_once(_file(made, "F32"), "Hello", max_tokens=24)
-    assert text != answer_once(_file(base, "F32"), "Hello", max_tokens=24)
+    alone = answer_once(_file(base, "F32"), "Hello", max_tokens=24)
+    assert text != alone
+    for scales, expected in (({}, alone), ({lora: 1.0}, text), ({lora: 0.0}, alone)):
+        on_base.use_adapters(scales)
+        on_base.reset()
+        assert "".join(on_base.reply("Hello")) == expected
+    on_base.close()
 
 
 @pytest.mark.parametrize("name", ["dora", "norms", "embedding", "head"])
