@@ -15,7 +15,6 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
-    PeftType,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -98,13 +97,14 @@ def prepare_model(
 
 def _go_on(model: nn.Module, settings: Settings, start: Path) -> nn.Module:
     """Load the adapter of an earlier stage to train it further; its own shape stays."""
-    if PeftConfig.from_pretrained(str(start)).peft_type == PeftType.P_TUNING:
+    config = PeftConfig.from_pretrained(str(start))
+    if config.is_prompt_learning:
         raise RefusedError(
-            "A finished p-tuning has lost the network that wrote its tokens; it cannot be trained further.",
-            "Choose prompt_tuning or lora for a plan of several stages.",
+            f"{start} holds virtual tokens, which PEFT does not train further once they are saved.",
+            "Choose lora for a plan of several stages.",
         )
     wrapped: nn.Module = PeftModel.from_pretrained(model, str(start), is_trainable=True)
-    rank = PeftConfig.from_pretrained(str(start)).to_dict().get("r", settings.lora_r)
+    rank = config.to_dict().get("r", settings.lora_r)
     if settings.same_rank_for_all and rank != settings.lora_r:
         raise RefusedError(
             f"The adapter in {start} has rank {rank}, this recipe wants {settings.lora_r} for all.",
