@@ -106,25 +106,36 @@ def fit(
 ) -> Fit | NoFit:
     """Find the largest batch and length, without or (`offload`) with host memory, that fits every stage."""
     worst: NoFit | None = None
+    squeezed: Fit | None = None
     for layout in _layouts(proposal, situation, knowledge, offload=offload):
-        stages: list[StageFit] = []
-        for objective in proposal.chain:
-            found = _fit_stage(proposal, objective, layout, situation, knowledge)
-            if isinstance(found, NoFit):
-                worst = found
-                break
-            stages.append(found)
+        found = _fit_chain(proposal, layout, situation, knowledge)
+        if isinstance(found, NoFit):
+            worst = found
+        elif found.whole:
+            return found
         else:
-            high = max(stage.estimate.peak_bytes.high for stage in stages)
-            share = rule(knowledge, "choice", "fit")["tight_share"]
-            tight = (
-                layout.offload
-                or high > share * situation.machine.free_bytes
-                or any(stage.least_batch or stage.shortened or stage.cramped for stage in stages)
-            )
-            return Fit(stages=tuple(stages), layout=layout, tight=tight)
+            squeezed = squeezed or found
     free = situation.machine.free_bytes
-    return worst or NoFit(needed_bytes=0, free_bytes=free, reason="there is no host memory to move to")
+    nowhere = NoFit(needed_bytes=0, free_bytes=free, reason="there is no host memory to move to")
+    return squeezed or worst or nowhere
+
+
+def _fit_chain(proposal: Proposal, layout: Layout, situation: Situation, knowledge: Knowledge) -> Fit | NoFit:
+    """All stages in one layout, or the first that does not fit."""
+    stages: list[StageFit] = []
+    for objective in proposal.chain:
+        found = _fit_stage(proposal, objective, layout, situation, knowledge)
+        if isinstance(found, NoFit):
+            return found
+        stages.append(found)
+    high = max(stage.estimate.peak_bytes.high for stage in stages)
+    share = rule(knowledge, "choice", "fit")["tight_share"]
+    tight = (
+        layout.offload
+        or high > share * situation.machine.free_bytes
+        or any(stage.least_batch or stage.shortened or stage.cramped for stage in stages)
+    )
+    return Fit(stages=tuple(stages), layout=layout, tight=tight)
 
 
 def _layouts(

@@ -6,7 +6,7 @@ compute anything but a layout; say by colour alone what a word does not say too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -24,6 +24,7 @@ from advisor.types import (
     Hardware,
     MemoryEstimate,
     ModelSpec,
+    Plan,
     RunReport,
     Verification,
 )
@@ -122,6 +123,21 @@ def hardware(machine: Hardware) -> RenderableType:
     if machine.findings:
         parts.append(findings(machine.findings))
     return Group(*parts)
+
+
+def machines(plans: Mapping[str, Plan]) -> RenderableType:
+    """Draw what would be planned for several machines, and what the next larger one would allow."""
+    table = columns("machine", "verdict", "way", "model", "memory", "time", right=("memory", "time"))
+    hints = []
+    for name, made in plans.items():
+        peak = max([stage.estimate.peak_bytes.high for stage in made.stages], default=0.0)
+        seconds = sum(stage.estimate.seconds.expected for stage in made.stages)
+        way = " > ".join([made.method, *(stage.objective for stage in made.stages)])
+        model = made.model.id.rpartition("/")[2] if made.model else "-"
+        cost = (format_bytes(peak), format_seconds(seconds)) if made.stages else ("-", "-")
+        table.add_row(name, made.verdict.replace("_", " "), way, model, *cost)
+        hints += [f"{name}: {a.message}" for a in made.alternatives if a.code == "more_memory"]
+    return Group(table, Text(""), bullets(hints)) if hints else table
 
 
 def packages(versions: dict[str, str]) -> RenderableType:

@@ -206,3 +206,21 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     """Who asks for it gets the traceback."""
     answer = ftadvisor("explain", "qlroa", "--debug", cwd=tmp_path)
     assert "Traceback" in answer.stderr
+
+
+def test_several_machines_side_by_side(tmp_path: Path) -> None:
+    """One wish, several machines: a plan for each, nothing written; an unknown one is named."""
+    (tmp_path / "case.yaml").write_text(
+        "{hardware: {accelerator: none}, model: Qwen/Qwen3-14B, datasets: [{kind: chat, rows: 3000}]}"
+    )
+    asked = ("plan", "--scenario", "case.yaml", "--hardware")
+    answer = ftadvisor(*asked, "RTX 3060, RTX 4090, 2xA100", "--json", cwd=tmp_path)
+    found = json.loads(answer.stdout)
+    assert (found["schema"], list(found["plans"])) == (
+        "ftadvisor.comparison/1", ["RTX 3060", "RTX 4090", "2xA100"],
+    )  # fmt: skip
+    assert [one["method"] for one in found["plans"].values()] == ["qlora", "qlora", "lora"]
+    shown = ftadvisor(*asked, "RTX 3060, RTX 4090", cwd=tmp_path)
+    assert all(word in shown.stdout for word in ("RTX 3060", "RTX 4090", "change model", "would be possible"))
+    assert [path.name for path in tmp_path.iterdir()] == ["case.yaml"]
+    _assert_error(ftadvisor(*asked, "RTX 3060, RTX 4091", cwd=tmp_path), 2, "RTX 4091", "RTX 4090")

@@ -574,3 +574,11 @@ def test_what_exceeds_the_device_is_never_possible() -> None:
     made = plan(rows(), hardware={"accelerator": "RTX 3070"}, model="auto")
     large = {c.verdict for c in made.candidates if "32B" in c.model and c.method in ("lora", "full")}
     assert large == {"rejected"}
+
+
+def test_devices_share_a_model_rather_than_cut_its_rows() -> None:
+    """Where one device would need shorter rows, the weights are spread over several."""
+    made = plan(
+        rows(), hardware={"accelerator": "B200", "count": 8}, model="meta-llama/Llama-3.3-70B-Instruct"
+    )
+    assert (made.method, made.parallel) == ("lora", "fsdp")
