@@ -74,7 +74,7 @@ def understand(goal: Goal, knowledge: Knowledge) -> UnderstoodGoal:
 def normalise(text: str) -> str:
     """Lower-case, with plain quotes and single spaces."""
     plain = text.lower().replace("’", "'").replace("‑", "-").replace("–", "-").replace("_", " ")
-    return re.sub(r"\s+", " ", plain).strip()
+    return " ".join(plain.split())
 
 
 def find_phrase(text: str, words: Iterable[str]) -> str | None:
