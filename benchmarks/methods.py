@@ -1,14 +1,15 @@
 """Does every method do what it promises? Trains each tuner with each objective that has a program, and
 keeps the table.
 
-Goes in: the objectives and tuners of kb/ and recipes/*/program.toml, the embedded starter. Comes out:
+Goes in: the objectives and tuners of kb/ and recipes/*/program.toml, the embedded starter or a tiny random
+model. Comes out:
 benchmarks/results/methods-<date>.md and the same on the screen. Each row: trained (the held-out figure gets
 better by more than the same run with learning rate 0 moves), counted (as many weights as the plan predicts),
 resumed (from a checkpoint in the middle to the same bits), reloaded (the saved weights on the untouched base
 give the figure that training measured), exported or refused with the reason. Never does: hide a row that
 failed.
 
-    python benchmarks/methods.py [--steps 16] [--only sft/lora,dpo/full] [--out FILE]
+    python benchmarks/methods.py [--steps 16] [--tiny] [--only sft/lora,dpo/full] [--out FILE]
 """
 
 from __future__ import annotations
@@ -31,9 +32,6 @@ from safetensors.numpy import load_file
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from cases import CPU, rows, scenario  # noqa: E402 - tests/ holds the ways to plan and run in one process
-from training import events_of, run_here  # noqa: E402
-
 from advisor.errors import AdvisorError  # noqa: E402
 from advisor.estimate.memory import trainable_parameters  # noqa: E402
 from advisor.export.exporter import export_model  # noqa: E402
@@ -46,6 +44,9 @@ from advisor.recipe import recipes_of  # noqa: E402
 from advisor.resources import recipes_dir, starter_dir  # noqa: E402
 from advisor.storage import encode_yaml  # noqa: E402
 from advisor.types import MemorySettings, ModelSpec, Recipe, RecipeDataset, Record  # noqa: E402
+from cases import CPU, rows, scenario  # noqa: E402 - tests/ holds the ways to plan and run in one process
+from tiny import make_tiny_model  # noqa: E402
+from training import events_of, run_here  # noqa: E402
 
 HIGHER_IS_BETTER = ("margin", "reward")
 REINFORCED = ("rloo", "grpo")
@@ -139,7 +140,7 @@ def recipe_of(objective: str, tuner: str, steps: int, data: dict[str, Path], spe
     return msgspec.structs.replace(
         found[0],
         settings=settings,
-        model=msgspec.structs.replace(found[0].model, id="starter", path=None, after=None),
+        model=msgspec.structs.replace(found[0].model, id=spec.id, path=spec.path, after=None),
         datasets=(RecipeDataset(name="data", path=str(data[kind]), kind=kind),),
     )
 
@@ -153,10 +154,10 @@ def train(folder: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {event["when"]: event for event in events_of(folder, "heldout")}
 
 
-def measure(objective: str, tuner: str, steps: int, place: Path, data: dict[str, Path]) -> Row:
+def measure(objective: str, tuner: str, steps: int, place: Path, data: dict[str, Path], model: Path) -> Row:
     """Train one method and check every promise."""
     begun = time.monotonic()
-    spec = read_model(str(starter_dir()), knowledge=load())
+    spec = read_model(str(model), knowledge=load())
     recipe = recipe_of(objective, tuner, steps, data, spec)
     if isinstance(recipe, str):
         return Row(objective=objective, tuner=tuner, problem=f"not planned: {recipe}")
@@ -238,12 +239,12 @@ def _exports(whole: Path) -> str:
     )
 
 
-def table_of(found: list[Row], steps: int) -> str:
+def table_of(found: list[Row], steps: int, what: str) -> str:
     """Return the rows as Markdown below what they were measured with."""
     packages, (cpu, _) = installed_packages(), cpu_identity(Path("/proc"))
     versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers", "peft", "trl"))
     lines = [
-        "# Methods on the starter",
+        f"# Methods on {what}",
         "",
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {versions}; CPU {cpu}; {steps} steps each, "
         "settings of the plan. `python benchmarks/methods.py`",
@@ -259,7 +260,8 @@ def table_of(found: list[Row], steps: int) -> str:
         marks = " | ".join("yes" if mark else "**no**" for mark in (row.learned, row.counted, row.resumed))
         lines.append(
             f"| {row.objective} | {row.tuner} | {row.learning_rate:g} | {row.figure} | {row.before:.4f} | "
-            f"{row.after:.4f} | {row.still:.4f} | {marks} | {row.reloaded} | {row.export} | {row.seconds:.0f} |"
+            f"{row.after:.4f} | {row.still:.4f} | {marks} | {row.reloaded} | {row.export} | "
+            f"{row.seconds:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -268,22 +270,25 @@ def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model instead of the starter")
     parser.add_argument("--only", default="")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     only = set(filter(None, given.only.split(",")))
     name = f"methods-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.md"
     out = given.out or HERE / "results" / name
+    what = "a tiny random model" if given.tiny else "the starter"
     found: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         data = write_data(Path(scratch))
+        model = make_tiny_model(Path(scratch) / "tiny", hidden=128) if given.tiny else starter_dir()
         for objective, tuner in combinations():
             if only and f"{objective}/{tuner}" not in only:
                 continue
-            found.append(measure(objective, tuner, given.steps, Path(scratch), data))
+            found.append(measure(objective, tuner, given.steps, Path(scratch), data, model))
             for folder in Path(scratch).glob(f"{objective}-{tuner}*"):
                 shutil.rmtree(folder)
-            out.write_text(table_of(found, given.steps), encoding="utf-8")
+            out.write_text(table_of(found, given.steps, what), encoding="utf-8")
             print(out.read_text(encoding="utf-8").splitlines()[-1], flush=True)
 
 
