@@ -34,8 +34,9 @@ class Delta:
         """Return the merged rows, given the base's."""
         if self.a is None or self.b is None:
             raise ModelError(_HALF, "Save the adapter again.")
-        change = self.a.T[rows] @ self.b.T if self.embedding else self.b[rows] @ self.a
-        merged = weight + np.float32(self.scale) * change
+        merged = self.a.T[rows] @ self.b.T if self.embedding else self.b[rows] @ self.a
+        merged *= np.float32(self.scale)
+        merged += weight
         if self.magnitude is None:
             return merged
         length = np.linalg.norm(merged, axis=1)

@@ -69,7 +69,9 @@ class Checkpoint:
         )
         part = np.ascontiguousarray((mapped.T if transposed else mapped)[rows])
         if stored.dtype == "BF16":
-            return (part.astype(np.uint32) << 16).view(np.float32)
+            wide = part.astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32)
         return part.astype(np.float32, copy=False)
 
 

@@ -1,6 +1,6 @@
 """Turns float32 rows into the bytes of a GGUF tensor type.
 
-Goes in: rows. Comes out: bytes as ggml stores them, by ggml itself where they are quantised. Never does: let a value
+Goes in: rows. Comes out: bytes as ggml stores them, by ggml itself. Never does: let a value
 become infinite unnoticed.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,13 +17,12 @@ from typing import Any, TypeAlias
 import gguf
 import numpy as np
 import numpy.typing as npt
-from gguf import quants
 
 from advisor.errors import ExportError, MissingPackageError
 from advisor.export.checkpoint import Floats
 
 Type: TypeAlias = gguf.GGMLQuantizationType
-_NUMPY = (Type.F32, Type.F16, Type.BF16)
+_F16_ROUNDS_TO_INFINITY = 65520
 _LIBRARY = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 
 
@@ -47,7 +47,8 @@ def encode_rows(name: str, rows: Floats, kind: Type) -> npt.NDArray[Any]:
     Raises:
         ExportError: a weight is not finite, or overflows in F16.
     """
-    if not np.isfinite(rows).all():
+    largest = max(float(rows.max()), -float(rows.min())) if rows.size else 0.0
+    if not math.isfinite(largest) or np.isnan(rows.min()):
         raise ExportError(
             f"The tensor {name} holds infinite or undefined values: the training diverged, "
             "or the file is damaged.",
@@ -55,24 +56,19 @@ def encode_rows(name: str, rows: Floats, kind: Type) -> npt.NDArray[Any]:
         )
     if kind == Type.F32:
         return np.ascontiguousarray(rows, dtype=np.float32)
-    if kind == Type.F16:
-        with np.errstate(over="ignore"):
-            half = rows.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise ExportError(
-                f"The tensor {name} has values up to {np.abs(rows).max():.4g}; F16 holds at most 65504.",
-                "Use --quant BF16 (or Q8_0, which is made from the full values).",
-                code="f16_overflow",
-            )
-        return np.ascontiguousarray(half)
-    if kind in _NUMPY:
-        return np.ascontiguousarray(quants.quantize(rows, kind))
+    if kind == Type.F16 and largest >= _F16_ROUNDS_TO_INFINITY:
+        raise ExportError(
+            f"The tensor {name} has values up to {largest:.4g}; F16 holds at most 65504.",
+            "Use --quant BF16 (or Q8_0, which is made from the full values).",
+            code="f16_overflow",
+        )
     return _by_ggml(np.ascontiguousarray(rows, dtype=np.float32), kind)
 
 
 def _by_ggml(rows: Floats, kind: Type) -> npt.NDArray[np.uint8]:
     """Quantise with ggml's own function; it lets other threads run meanwhile."""
-    count, columns = rows.shape
+    columns = rows.shape[-1]
+    count = rows.size // columns
     made = np.empty((count, row_bytes(columns, kind)), dtype=np.uint8)
     pointer = ctypes.c_void_p
     _ggml().ggml_quantize_chunk(

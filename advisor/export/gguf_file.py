@@ -7,6 +7,7 @@ Never does: hold more than one part of a tensor in memory; write under the final
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -171,6 +172,12 @@ def _name(name: str, vocabulary: Vocabulary) -> str:
     return name
 
 
+@functools.cache
+def _threads() -> int:
+    """Return how many threads encode; measured once, which takes a moment."""
+    return free_cores()
+
+
 def encode_dtype(kind: Type) -> str:
     """Return a numpy type for the writer, which takes the shape as it is unless this is uint8."""
     return "float16" if kind == Type.F16 else "float32"
@@ -196,7 +203,7 @@ class _Stream:
         if len(parts) == 1:
             file.write(self._encoded(parts[0]))
             return
-        count = free_cores()
+        count = _threads()
         with ThreadPoolExecutor(count) as pool:
             for first in range(0, len(parts), count):
                 file.writelines(pool.map(self._encoded, parts[first : first + count]))
