@@ -90,8 +90,16 @@ def model_spec(inputs: Inputs, knowledge: Knowledge) -> ModelSpec:
 
 def cache_dir() -> Path:
     """Return the folder where the hub's client keeps what it downloads: HF_HOME, or its usual place."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "huggingface"
-    return Path(os.environ.get("HF_HOME", usual))
+    return Path(os.environ.get("HF_HOME", _caches() / "huggingface"))
+
+
+def own_cache_dir() -> Path:
+    """Return the folder where ftadvisor keeps what it can work out again."""
+    return _caches() / "ftadvisor"
+
+
+def _caches() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 
 
 def _spec(inputs: Inputs, knowledge: Knowledge) -> ModelSpec | None:

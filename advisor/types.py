@@ -535,6 +535,8 @@ class RunReport(Record, frozen=True, kw_only=True):
     steps: int
     steps_planned: int
     seconds: float
+    predicted_seconds: Band | None = None
+    """Of the whole run, by the plan."""
     predicted_peak_bytes: Band | None
     measured_peak_bytes: int | None
     tokens_per_second: float | None

@@ -1,4 +1,4 @@
-"""`ftadvisor estimate`: the memory of one training step, without weights, GPU or torch."""
+"""`ftadvisor estimate`: the memory and time of one training step, without weights or GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import msgspec
 from advisor.cli import options
 from advisor.cli.output import print_json, print_text
 from advisor.estimate.memory import estimate_memory
-from advisor.intake import model_spec
-from advisor.knowledge import load
-from advisor.types import Band, MemorySettings, Part
+from advisor.estimate.time import estimate_time
+from advisor.intake import hardware_of, model_spec, own_cache_dir
+from advisor.knowledge import Knowledge, load
+from advisor.types import Band, Hardware, MemoryEstimate, MemorySettings, ModelSpec, Part
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -60,21 +61,39 @@ class EstimateAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--shard", type=click.Choice(["none", "fsdp", "zero3"]), default="none", show_default=True)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["closed_form", "trace"]),
+    default="closed_form",
+    show_default=True,
+    help="trace: run the installed libraries on tensors without data.",
+)
+@options.hardware
 @options.offline
 @options.as_json
 def estimate(
-    model: str, method: str, *, precision: Precision, offline: bool, as_json: bool, **step: Any
+    model: str,
+    method: str,
+    *,
+    precision: Precision,
+    engine: str,
+    hardware: str | None,
+    offline: bool,
+    as_json: bool,
+    **step: Any,
 ) -> None:
-    """Predict the memory of one training step; a config.json is enough, no weights are read."""
+    """Predict the memory and time of one training step; a config.json is enough, no weights are read."""
     knowledge = load()
-    spec = model_spec(options.inputs_of(model=model, offline=offline), knowledge)
+    inputs = options.inputs_of(model=model, hardware=hardware, offline=offline)
+    spec = model_spec(inputs, knowledge)
     settings = MemorySettings(
         tuner=method.replace("-", "_"),
         precision=precision,
         weight_bits=4 if method == "qlora" else 32 if precision == "fp32" else 16,
         **step,
     )
-    found = estimate_memory(spec, settings, knowledge.rules["memory"])
+    found = _memory(spec, settings, engine, knowledge)
+    speed = _seconds(spec, settings, hardware_of(inputs, knowledge), knowledge)
     answer = EstimateAnswer(
         model=spec.id,
         parameters=spec.parameters,
@@ -86,7 +105,7 @@ def estimate(
         parts={part.name: part.bytes for part in found.parts},
         formulas=found.parts,
         engine=found.engine,
-        seconds_per_step=None,
+        seconds_per_step=speed,
         notes=found.notes,
     )
     if as_json:
@@ -94,4 +113,27 @@ def estimate(
         return
     from advisor.ui.render import estimate as draw
 
-    print_text(draw(spec, found))
+    print_text(draw(spec, found, speed))
+
+
+def _memory(spec: ModelSpec, settings: MemorySettings, engine: str, knowledge: Knowledge) -> MemoryEstimate:
+    if engine == "closed_form":
+        return estimate_memory(spec, settings, knowledge.rules["memory"])
+    from advisor.run.traced import trace
+
+    return trace(spec, settings, knowledge, own_cache_dir())
+
+
+def _seconds(
+    spec: ModelSpec, settings: MemorySettings, machine: Hardware, knowledge: Knowledge
+) -> Band | None:
+    """Seconds of one step of full rows on `machine`; None where it has no device of the asked kind."""
+    first = machine.accelerators[0] if machine.accelerators else None
+    if settings.device == "cuda" and first is None:
+        return None
+    sequences = settings.micro_batch * settings.gpus
+    return estimate_time(
+        spec, settings, rows=sequences, epochs=1, effective_batch=sequences, max_steps=1,
+        mean_tokens=settings.seq_len, lengths=None, hardware=machine, rules=knowledge.rules["time"],
+        accelerator=knowledge.accelerators[first.kb_id] if first and first.kb_id else None,
+    ).seconds_per_step  # fmt: skip

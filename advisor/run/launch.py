@@ -45,7 +45,16 @@ def require_packages(recipe: Recipe) -> None:
     """
     eight_bit = "8bit" in str(recipe.settings.get("optimizer", ""))
     extra = ("bitsandbytes",) if recipe.tuner == "qlora" or eight_bit else ()
-    for name in (*NEEDED, *extra):
+    require_installed((*NEEDED, *extra))
+
+
+def require_installed(names: tuple[str, ...]) -> None:
+    """Refuse where a package of the extra `train` is missing, without importing any.
+
+    Raises:
+        MissingPackageError: names the first missing package and its extra.
+    """
+    for name in names:
         if importlib.util.find_spec(name) is None:
             raise MissingPackageError(name, "train")
 

@@ -53,6 +53,7 @@ def build_report(
         steps=int(last.get("step", 0)),
         steps_planned=int(last.get("total", 0)),
         seconds=sum(float(event["seconds"]) for event in seen if event["event"] == "end"),
+        predicted_seconds=estimate.seconds if estimate else None,
         predicted_peak_bytes=estimate.peak_bytes if estimate else None,
         measured_peak_bytes=max(peaks, default=None),
         tokens_per_second=last.get("tokens_per_second"),

@@ -173,8 +173,8 @@ def _token_points(profile: DatasetProfile) -> list[tuple[str, int | None]]:
     return [("median", profile.p50_tokens), ("95%", profile.p95_tokens), ("longest", profile.max_tokens)]
 
 
-def estimate(spec: ModelSpec, found: MemoryEstimate) -> RenderableType:
-    """Draw a memory estimate by part, the largest first."""
+def estimate(spec: ModelSpec, found: MemoryEstimate, step: Band | None) -> RenderableType:
+    """Draw a memory estimate by part, the largest first, and the seconds of one step."""
     table = columns("Part", "Bytes", "Formula", right=("Bytes",))
     for part in sorted(found.parts, key=lambda item: -item.bytes):
         if part.bytes:
@@ -188,6 +188,8 @@ def estimate(spec: ModelSpec, found: MemoryEstimate) -> RenderableType:
         ("allocated", band_of_bytes(found.allocated_bytes)),
         ("reserved", band_of_bytes(found.reserved_bytes)),
     ]
+    time = band_of_seconds(step) if step else "unknown without an accelerator here; name one with --hardware"
+    rows.append(("One step, estimated", time))
     body: list[RenderableType] = [pairs(rows), table]
     if found.notes:
         body.append(bullets(found.notes))
@@ -199,7 +201,8 @@ def report(made: RunReport) -> RenderableType:
     rows: list[tuple[str, RenderableType]] = [
         (
             "Status",
-            f"{made.status}, {made.steps} of {made.steps_planned} steps in {format_seconds(made.seconds)}",
+            f"{made.status}, {made.steps} of {made.steps_planned} steps in {format_seconds(made.seconds)}"
+            + (f", predicted {band_of_seconds(made.predicted_seconds)}" if made.predicted_seconds else ""),
         ),
     ]
     if made.supervised_tokens is not None:

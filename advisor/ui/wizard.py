@@ -84,7 +84,7 @@ def ask_all(
     console.print("[quiet]Enter accepts, Esc goes back, Ctrl-C stops and keeps your answers.[/quiet]")
     while todo:
         question = todo[0]
-        console.print(f"[quiet]{question.why}[/quiet]")
+        console.print(f"\n[quiet]{question.why}[/quiet]")
         if question.hint:
             console.print(f"[quiet]{question.hint}[/quiet]")
         try:

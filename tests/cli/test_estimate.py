@@ -1,0 +1,45 @@
+"""`ftadvisor estimate` on a known model: memory, seconds of a step, and the tracer beside the closed form."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def _estimate(cwd: Path, *arguments: str) -> dict[str, Any]:
+    answer = subprocess.run(
+        [sys.executable, "-m", "advisor", "estimate", "--offline", *arguments, "--json"],
+        capture_output=True, text=True, cwd=cwd, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stdout
+    made: dict[str, Any] = json.loads(answer.stdout)
+    return made
+
+
+def test_seconds_of_a_step_belong_to_the_named_machine(tmp_path: Path) -> None:
+    """A faster card takes less time for the same step, and the same memory."""
+    common = ("--model", "Qwen/Qwen3-4B", "--method", "lora", "--hardware")
+    slow, fast = (_estimate(tmp_path, *common, name) for name in ("RTX 3060", "H100 80GB SXM"))
+    assert slow["peak_bytes"] == fast["peak_bytes"]
+    assert slow["seconds_per_step"]["expected"] > 3 * fast["seconds_per_step"]["expected"]
+
+
+@pytest.mark.slow
+def test_the_tracer_answers_and_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine `trace` agrees with the closed form within 5%; the second answer comes from the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    common = ("--model", "starter", "--method", "lora", "--seq-len", "512")
+    closed, traced = (_estimate(tmp_path, *common, "--engine", name) for name in ("closed_form", "trace"))
+    assert traced["engine"] == "trace"
+    assert traced["peak_allocated_bytes"]["expected"] == pytest.approx(
+        closed["peak_allocated_bytes"]["expected"], rel=0.05
+    )
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    kept.write_text(kept.read_text().replace('"backward":', '"backward":9'))
+    again = _estimate(tmp_path, *common, "--engine", "trace")
+    assert again["peak_allocated_bytes"]["expected"] > 2 * traced["peak_allocated_bytes"]["expected"]
