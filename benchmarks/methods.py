@@ -121,7 +121,12 @@ def _without_voice(answer: str) -> str:
 def recipe_of(objective: str, tuner: str, steps: int, data: dict[str, Path], spec: ModelSpec) -> Recipe | str:
     """Return the recipe that a plan gives for a method on the starter, or why there is none."""
     kind = load().objectives[objective].data_kinds[0]
-    overrides: dict[str, Any] = {"max_steps": steps, "save_every_steps": max(1, steps // 2)}
+    overrides: dict[str, Any] = {
+        "max_steps": steps, "save_every_steps": max(1, steps // 2), "packing": False, "micro_batch": 8,
+        "effective_batch": 8, "precision": "fp32",
+    }  # fmt: skip
+    if objective == "kto":
+        overrides["per_step_batch"] = 8
     if objective in REINFORCED:
         overrides |= {"max_completion_length": 16, "effective_batch": 16, "micro_batch": 16}
     case = scenario(
