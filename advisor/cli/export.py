@@ -13,7 +13,7 @@ from advisor.errors import VerificationError
 from advisor.export import export_model
 from advisor.run.page import write_page
 from advisor.types import Export, Verification
-from advisor.verify import heldout_rows, verify_gguf
+from advisor.verify import heldout_rows, keep_proof, verify_gguf
 
 DEFAULT_QUANTS = "F16,Q4_K_M"
 QUANT_HELP = "F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, IQ4_XS, Q3_K_M; with commas."
@@ -94,11 +94,14 @@ def prove(made: Export, source: Path, *, offline: bool, quiet: bool) -> tuple[Ve
     """Verify every GGUF model file of an export against its source."""
     notify = notifier(quiet=quiet)
     rows = heldout_rows(source)
-    return tuple(
+    proofs = tuple(
         verify_gguf(Path(file.path), against=source, rows=rows, offline=offline, on_progress=notify)
         for file in made.files
         if file.kind == "gguf"
     )
+    for proof in proofs:
+        keep_proof(proof)
+    return proofs
 
 
 def _words(text: str) -> tuple[str, ...]:

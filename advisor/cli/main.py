@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from advisor import __version__
-from advisor.errors import AdvisorError, MissingPackageError, UnknownNameError
+from advisor.errors import AdvisorError, MissingPackageError, UnknownNameError, UsageError
 
 COMMANDS = {
     "demo": "The whole way on the embedded model: plan, train, export, verify, chat.",
@@ -96,6 +96,15 @@ def _report(message: str, remedy: str, code: str, *, as_json: bool) -> None:
         print(f"Next:  {remedy}", file=sys.stderr)
 
 
+def _require_text(argument: str) -> None:
+    try:
+        argument.encode()
+    except UnicodeEncodeError as problem:
+        raise UsageError(
+            f"The argument {argument!r} is not valid UTF-8.", "Write it in UTF-8; rename a file of that name."
+        ) from problem
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code.
 
@@ -106,6 +115,8 @@ def run(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     as_json = "--json" in arguments
     try:
+        for argument in arguments:
+            _require_text(argument)
         outcome = app.main(arguments or ["--help"], prog_name="ftadvisor", standalone_mode=False)
     except AdvisorError as error:
         if debug:

@@ -27,7 +27,7 @@ def print_text(*parts: RenderableType) -> None:
 
     console = make_console()
     for part in parts:
-        console.print(part, markup=False)
+        console.print(part)
 
 
 def notifier(*, quiet: bool) -> Callable[[str], None]:
@@ -37,7 +37,7 @@ def notifier(*, quiet: bool) -> Callable[[str], None]:
     from advisor.ui.console import make_console
 
     console = make_console(stderr=True)
-    return lambda text: console.print(f"[dim]{text} ...[/dim]", highlight=False)
+    return lambda text: console.print(f"{text} ...", style="quiet")
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ from advisor.types import Plan, Scenario
 def plan(out: Path | None, *, dry_run: bool, expert: bool, as_json: bool, **wish: Any) -> None:
     """Recommend a method for your data and machine, say why, and write a run folder.
 
+    A scenario file declares what is not there, so that nothing is written for it.
     Several machines are compared side by side, and nothing is written: --hardware "RTX 3060, RTX 4090".
     """
     inputs = options.inputs_of(out=out, **wish)
@@ -38,7 +39,7 @@ def plan(out: Path | None, *, dry_run: bool, expert: bool, as_json: bool, **wish
     made = make_plan(case, knowledge)
     if not as_json:
         _show(made, expert=expert)
-    if not dry_run:
+    if not dry_run and not inputs.scenario:
         require_files(case)
         require_trainable(made, case)
         folder = write_plan(made, out, datetime.now())

@@ -8,7 +8,7 @@ import click
 
 from advisor.cli import options
 from advisor.cli.output import notifier, print_json, print_text
-from advisor.verify import heldout_rows, verify_gguf
+from advisor.verify import heldout_rows, keep_proof, verify_gguf
 
 
 @click.command()
@@ -25,6 +25,8 @@ def verify(gguf: Path, against: Path, *, offline: bool, as_json: bool) -> None:
         offline=offline,
         on_progress=notifier(quiet=as_json),
     )
+    if gguf.resolve().parent == (against / "export").resolve():
+        keep_proof(proof)
     if as_json:
         print_json(proof)
     else:

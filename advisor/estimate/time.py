@@ -49,7 +49,7 @@ def estimate_time(
         rows: training rows.
         epochs: passes over them; a part of one is allowed.
         effective_batch: rows (packed: sequences) of one optimizer step, over all devices.
-        max_steps: upper bound of the steps; None or negative for none.
+        max_steps: number of steps, whatever `epochs` says; None or negative for as many as the epochs need.
         mean_tokens: mean length of a row in tokens.
         lengths: distribution of the lengths, when known; batches are then padded to their longest row.
         accelerator: facts of the device; None when it is not in kb/, or there is none.
@@ -103,10 +103,10 @@ def count_steps(
     max_steps: int | None,
     mean_tokens: float,
 ) -> int:
-    """Return the optimizer steps: the trainer rounds up in every epoch."""
+    """Return the optimizer steps: the trainer rounds up in every epoch; `max_steps` overrules the epochs."""
     sequences = math.ceil(rows * mean_tokens / settings.seq_len) if settings.packed else rows
     steps = math.ceil(math.ceil(sequences / max(effective_batch, 1)) * epochs)
-    return steps if max_steps is None or max_steps < 0 else min(steps, max_steps) if rows else 0
+    return steps if max_steps is None or max_steps < 0 else max_steps if rows else 0
 
 
 def _micro_tokens(settings: MemorySettings, mean: float, lengths: Histogram | None) -> tuple[float, float]:

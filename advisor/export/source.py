@@ -81,7 +81,7 @@ def _from_run(run: Path, recipe_file: Path, *, offline: bool, on_progress: Calla
     else:
         raise InputError(
             f"{run} holds no trained model yet: neither model/ nor adapter/.",
-            f"Train first: ftadvisor run {run}",
+            f"Train first: ftadvisor run {run}{' --resume' if (run / 'checkpoints').is_dir() else ''}",
         )
     return Trained(**{**{f: getattr(found, f) for f in found.__struct_fields__}, "recipe": str(recipe_file)})
 

@@ -79,13 +79,14 @@ def _same_kind(name: str, value: Value, advised: Value) -> Value:
         if (
             isinstance(value, int | float)
             and value == value
-            and (value > 0 or name == "max_steps" or not advised)
+            and (value > 0 or (name == "max_steps" and value == -1) or not advised)
         ):
             if isinstance(advised, int) and name != "epochs" and float(value).is_integer():
                 return int(value)
             return value
         raise UsageError(
-            f"{name}={value!r} must be a positive number.", f"For example: --set {name}={advised}"
+            f"{name}={value!r} must be a positive number{' or -1' if name == 'max_steps' else ''}.",
+            f"For example: --set {name}={advised}",
         )
     if isinstance(advised, str) and not isinstance(value, str | list):
         raise UsageError(f"{name}={value!r} must be a word.", f"For example: --set {name}={advised}")

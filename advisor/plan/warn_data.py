@@ -35,14 +35,16 @@ def small_data_overfit(case: Case, knowledge: Knowledge) -> Values:
 
 def no_holdout(case: Case, knowledge: Knowledge) -> Values:
     """Nothing is kept apart to measure with."""
-    if any(d.holdout_rows == 0 for d in case.situation.train):
-        return {"severity": "must"}
     kept = [stage.settings.get("heldout_fraction") for stage in case.stages]
+    set_aside = bool(kept) and all(kept)
+    if any(d.holdout_rows == 0 for d in case.situation.train):
+        return {"severity": "must", "handled": set_aside}
     unmeasured = case.rows and all(share == 0.0 for share in kept)
     if unmeasured and not any(d.holdout_rows for d in case.situation.train):
         return {}
     few = 0 < case.rows < limit(knowledge, "data", "rows", "small_below")
-    return {} if few and not any(d.holdout_rows for d in case.situation.train) else None
+    apart = any(d.holdout_rows for d in case.situation.train)
+    return {"handled": set_aside} if few and not apart else None
 
 
 def instruct_base_choice(case: Case, knowledge: Knowledge) -> Values:

@@ -77,6 +77,8 @@ def read_head(path: Path) -> tuple[bytes, bool]:
     """
     if not path.exists():
         raise missing(path)
+    if not path.is_file() and not path.is_dir():
+        raise DataError(f"{path} is no regular file.", "Write its content into a file and give that.")
     try:
         with path.open("rb") as file:
             if file.read(2) == b"\x1f\x8b":

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from advisor.errors import UnknownNameError
+from advisor.errors import UnknownNameError, UsageError
 from advisor.knowledge import Knowledge
 from advisor.scenario.entries import HardwareEntry, decode_entry
 from advisor.types import Accelerator, AcceleratorFacts, Hardware
@@ -37,6 +37,8 @@ def declared_hardware(given: object, knowledge: Knowledge) -> Hardware:
     text = given.strip()
     counted = re.fullmatch(r"(\d+)\s*[x×*]\s*(.+)", text, flags=re.IGNORECASE)
     count, name = (int(counted[1]), counted[2].strip()) if counted else (1, text)
+    if count == 0:
+        raise UsageError(f"{text!r} names no device.", "--hardware none plans for the processor alone.")
     if re.fullmatch(r"\d+(\.\d+)?\s*(gb|gib|g)", name, flags=re.IGNORECASE):
         number = float(re.sub(r"[^0-9.]", "", name))
         entry = HardwareEntry(accelerator=name, vendor="nvidia", count=count, memory_gib=number, bf16=True)

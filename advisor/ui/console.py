@@ -22,8 +22,11 @@ THEME = Theme(
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Return a console; rich honours NO_COLOR, TERM=dumb and pipes. Piped text has at least 100 columns."""
-    console = Console(stderr=stderr, theme=THEME, highlight=False, soft_wrap=False)
+    """Return a console; rich honours NO_COLOR, TERM=dumb and pipes. Piped text has at least 100 columns.
+
+    Square brackets are text: names and goals of people are printed as they are.
+    """
+    console = Console(stderr=stderr, theme=THEME, highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(stderr=stderr, theme=THEME, highlight=False, width=max(console.width, 100))
+        console.width = max(console.width, 100)
     return console

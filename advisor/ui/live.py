@@ -25,7 +25,7 @@ class RunView:
         self._console = make_console()
         self._folder = folder
         self._progress = Progress(
-            TextColumn("[key]{task.description}[/key]"),
+            TextColumn("{task.description}", style="key"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from rich.text import Text
+
 from advisor.chat import ChatSession
 from advisor.errors import UsageError
 from advisor.ui.console import make_console
@@ -26,10 +28,10 @@ def talk(sessions: dict[str, ChatSession]) -> None:
             "A conversation needs a terminal.", "One turn without one: ftadvisor chat FILE --prompt TEXT"
         )
     console = make_console()
-    console.print("[quiet]An empty line or /quit ends; /new starts again.[/quiet]")
+    console.print("An empty line or /quit ends; /new starts again.", style="quiet")
     while True:
         try:
-            text = console.input("[key]you> [/key]").strip()
+            text = console.input(Text("you> ", style="key")).strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
@@ -47,10 +49,10 @@ def turn(sessions: dict[str, ChatSession], text: str) -> None:
     console = make_console()
     for name, session in sessions.items():
         if len(sessions) > 1:
-            console.print(f"[head]{Path(name).name}[/head]")
+            console.print(Path(name).name, style="head")
         try:
             for piece in session.reply(text):
-                console.print(piece, end="", markup=False, soft_wrap=True)
+                console.print(piece, end="", soft_wrap=True)
         except KeyboardInterrupt:
-            console.print(" [quiet](stopped)[/quiet]", end="")
+            console.print(" (stopped)", style="quiet", end="")
         console.print()

@@ -81,12 +81,12 @@ def ask_all(
     asked: list[Question] = []
     todo = [question for question in QUESTIONS if question.key not in given]
     console = make_console()
-    console.print("[quiet]Enter accepts, Esc goes back, Ctrl-C stops and keeps your answers.[/quiet]")
+    console.print("Enter accepts, Esc goes back, Ctrl-C stops and keeps your answers.", style="quiet")
     while todo:
         question = todo[0]
-        console.print(f"\n[quiet]{question.why}[/quiet]")
+        console.print(f"\n{question.why}", style="quiet")
         if question.hint:
-            console.print(f"[quiet]{question.hint}[/quiet]")
+            console.print(question.hint, style="quiet")
         try:
             given[question.key] = _ask(question, given.get(question.key, defaults.get(question.key)))
             show(question.key, given)
@@ -98,7 +98,8 @@ def ask_all(
             save_draft(given)
             raise
         except AdvisorError as error:
-            console.print(f"[bad]{error.message}[/bad]\n{error.remedy}", markup=True)
+            console.print(error.message, style="bad")
+            console.print(error.remedy)
             continue
         asked.append(todo.pop(0))
     return given
@@ -139,9 +140,7 @@ def show_plan(plan: Plan, answers: dict[str, Answer], *, expert: bool) -> None:
     console = make_console()
     console.print(advice.plan(plan, expert=expert))
     console.print("\nThe same without the wizard:")
-    console.print(
-        f"  {shlex.join(command_of(inputs_from(answers)))}", style="key", markup=False, soft_wrap=True
-    )
+    console.print(f"  {shlex.join(command_of(inputs_from(answers)))}", style="key", soft_wrap=True)
 
 
 def _ask(question: Question, before: Answer) -> Answer:

@@ -63,7 +63,7 @@ def verify_gguf(
         on_progress: Told in a few words what is being done.
 
     Returns:
-        One check for each aspect; also written as `<file>.verification.json`.
+        One check for each aspect.
 
     Raises:
         InputError: the file is missing or no GGUF, or the folder is not usable.
@@ -80,15 +80,19 @@ def verify_gguf(
         quant = "unknown"
         damaged = Check(name="metadata", passed=False, measured={}, bound={}, evidence=str(problem))
         checks = (damaged,)
-    proof = Verification(
+    return Verification(
         passed=all(check.passed for check in checks),
         gguf=str(gguf),
         against=str(against),
         quant=quant,
         checks=checks,
     )
+
+
+def keep_proof(proof: Verification) -> None:
+    """Write a proof as `<file>.verification.json` beside the file that it is about."""
+    gguf = Path(proof.gguf)
     write_json(gguf.with_name(f"{gguf.stem}.verification.json"), proof)
-    return proof
 
 
 def _need_packages() -> None:
