@@ -9,6 +9,7 @@ import msgspec
 
 from advisor.cli import options
 from advisor.cli.output import print_json, print_text
+from advisor.errors import UnknownNameError, UsageError
 from advisor.estimate.memory import estimate_memory
 from advisor.estimate.time import estimate_time
 from advisor.intake import hardware_of, model_spec, own_cache_dir
@@ -92,7 +93,13 @@ def estimate(
         weight_bits=4 if method == "qlora" else 32 if precision == "fp32" else 16,
         **step,
     )
+    _require_known(settings, knowledge)
     found = _memory(spec, settings, engine, knowledge)
+    if not found.trainable_parameters:
+        raise UsageError(
+            f"--target {settings.target} names no layer of {spec.id}.",
+            "all-linear, attention, q_v, mlp or names.",
+        )
     speed = _seconds(spec, settings, hardware_of(inputs, knowledge), knowledge)
     answer = EstimateAnswer(
         model=spec.id,
@@ -114,6 +121,15 @@ def estimate(
     from advisor.ui.render import estimate as draw
 
     print_text(draw(spec, found, speed))
+
+
+def _require_known(settings: MemorySettings, knowledge: Knowledge) -> None:
+    """The closed form would take an unknown optimizer for AdamW and an unknown objective for SFT."""
+    states = knowledge.rules["memory"]["optimizer"]["states"]
+    if settings.optimizer not in states:
+        raise UnknownNameError("optimizer", settings.optimizer, states, "ftadvisor explain optimizer")
+    if settings.objective not in knowledge.objectives:
+        raise UnknownNameError("objective", settings.objective, knowledge.objectives, "ftadvisor explain")
 
 
 def _memory(spec: ModelSpec, settings: MemorySettings, engine: str, knowledge: Knowledge) -> MemoryEstimate:

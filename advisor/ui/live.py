@@ -36,7 +36,6 @@ class RunView:
         self._task: TaskID | None = None
 
     def __enter__(self) -> RunView:
-        self._console.print(f"Training in {self._folder}. Ctrl-C saves a checkpoint and stops.")
         self._progress.start()
         return self
 
@@ -47,7 +46,9 @@ class RunView:
 
     def show(self, event: dict[str, Any]) -> None:
         """Draw one event; unknown ones are ignored, since programs may write more than a person needs."""
-        if event["event"] == "step":
+        if event["event"] == "start":
+            self._console.print(f"Training in {self._folder}. Ctrl-C saves a checkpoint and stops.")
+        elif event["event"] == "step":
             self._step(event)
         else:
             text = describe(event)
@@ -85,8 +86,7 @@ def describe(event: dict[str, Any]) -> str:
     """Return one line for an event that a person should see, else an empty text."""
     name = event["event"]
     if name == "data":
-        total = format_count(event.get("supervised_tokens", 0))
-        return f"Loss on answers only: {total} trained tokens in {event.get('rows', 0)} rows."
+        return _data(event)
     if name == "heldout" and event.get("loss") is not None:
         return f"Held-out loss {event.get('when', '')}: {event['loss']:.3f}"
     if name == "checkpoint":
@@ -94,3 +94,15 @@ def describe(event: dict[str, Any]) -> str:
     if name in ("note", "warning", "decision"):
         return str(event.get("message", ""))
     return ""
+
+
+def _data(event: dict[str, Any]) -> str:
+    rows, tokens = event.get("rows", 0), event.get("supervised_tokens") or 0
+    if not tokens:
+        return f"{rows} rows to train on."
+    where = (
+        "the whole text"
+        if event.get("trained_on") == "all" or event.get("stage") == "cpt"
+        else "answers only"
+    )
+    return f"Loss on {where}: {format_count(tokens)} trained tokens in {rows} rows."

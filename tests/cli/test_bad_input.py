@@ -224,3 +224,42 @@ def test_several_machines_side_by_side(tmp_path: Path) -> None:
     assert all(word in shown.stdout for word in ("RTX 3060", "RTX 4090", "change model", "would be possible"))
     assert [path.name for path in tmp_path.iterdir()] == ["case.yaml"]
     _assert_error(ftadvisor(*asked, "RTX 3060, RTX 4091", cwd=tmp_path), 2, "RTX 4091", "RTX 4090")
+
+
+def test_model_without_chat_template(tmp_path: Path, model: Path) -> None:
+    """A model that does not say how it marks turns is refused before a run folder is written."""
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "data.json").write_text(
+        json.dumps([GOOD | {"instruction": f"Say hello {i}"} for i in range(300)])
+    )
+    answer = _plan(tmp_path, "--model", str(model), "--data", "data.json", "--out", "run")
+    _assert_error(answer, 1, "chat template")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["plan", "--hardware", "0xH100", "--dry-run"], "0xH100"),
+        (["estimate", "--model", "starter", "--optimizer", "adamv"], "adamv"),
+        (["estimate", "--model", "starter", "--objective", "sfd"], "sft"),
+        (["estimate", "--model", "starter", "--target", "nothing"], "nothing"),
+    ],
+)
+def test_no_confident_answer_to_nonsense(tmp_path: Path, arguments: list[str], word: str) -> None:
+    """A count of no devices and unknown names are usage errors."""
+    _assert_error(ftadvisor(*arguments, cwd=tmp_path), 2, word)
+
+
+def test_brackets_in_a_name_are_text(tmp_path: Path) -> None:
+    """What looks like markup in a file name is printed as it is."""
+    _assert_error(ftadvisor("inspect", "[/red].jsonl", cwd=tmp_path), 1, "[/red].jsonl")
+
+
+def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
+    """A named pipe is refused instead of waited for."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    _assert_error(ftadvisor("inspect", "pipe.jsonl", cwd=tmp_path), 1, "pipe.jsonl")
