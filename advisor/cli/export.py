@@ -12,11 +12,14 @@ from advisor.cli.output import notifier, print_json, print_text
 from advisor.errors import VerificationError
 from advisor.export import export_model
 from advisor.run.page import write_page
-from advisor.types import Export, Verification
+from advisor.storage import read_record
+from advisor.types import Export, Plan, Verification
 from advisor.verify import heldout_rows, keep_proof, verify_gguf
 
-DEFAULT_QUANTS = "F16,Q4_K_M"
-QUANT_HELP = "F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, IQ4_XS, Q3_K_M; with commas."
+QUANT_HELP = (
+    "F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, IQ4_XS, Q3_K_M; with commas. Default: what the plan of a "
+    "run folder chose, else F16,Q4_K_M."
+)
 
 
 class ExportAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,13 +36,13 @@ class ExportAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @click.option(
     "--to", default="gguf", show_default=True, help="gguf, merged, lora-gguf, modelfile; with commas."
 )
-@click.option("--quant", default=DEFAULT_QUANTS, show_default=True, help=QUANT_HELP)
+@click.option("--quant", help=QUANT_HELP)
 @options.out
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Prove each GGUF file.")
 @options.offline
 @options.as_json
 def export(
-    source: Path, to: str, quant: str, out: Path | None, *, verify: bool, offline: bool, as_json: bool
+    source: Path, to: str, quant: str | None, out: Path | None, *, verify: bool, offline: bool, as_json: bool
 ) -> None:
     """Write a run or a model folder as GGUF, merged weights, LoRA-GGUF or Modelfile; prove each GGUF."""
     export_and_prove(source, to=to, quant=quant, out=out, verify=verify, offline=offline, as_json=as_json)
@@ -49,7 +52,7 @@ def export_and_prove(
     source: Path,
     *,
     to: str = "gguf",
-    quant: str = DEFAULT_QUANTS,
+    quant: str | None = None,
     out: Path | None = None,
     verify: bool = True,
     offline: bool = False,
@@ -65,7 +68,7 @@ def export_and_prove(
     made = export_model(
         source,
         to=_words(to.lower()),
-        quants=_words(quant.upper()),
+        quants=_words((quant or _usual_quants(source)).upper()),
         out=out,
         offline=offline,
         on_progress=notify,
@@ -88,6 +91,13 @@ def export_and_prove(
             "See the failed checks above and the .verification.json beside the file.",
         )
     return made, proofs
+
+
+def _usual_quants(source: Path) -> str:
+    """What the plan of a run folder chose; without one, a faithful file and a small one."""
+    file = source / "plan.json"
+    chosen = read_record(file, Plan).export if file.is_file() else None
+    return chosen.quant if chosen and chosen.format == "gguf" and chosen.quant else "F16,Q4_K_M"
 
 
 def prove(made: Export, source: Path, *, offline: bool, quiet: bool) -> tuple[Verification, ...]:

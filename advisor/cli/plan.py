@@ -15,6 +15,7 @@ from advisor.cli.planning import require_trainable, write_plan
 from advisor.inputs import Inputs, declared, require_files
 from advisor.knowledge import Knowledge, load
 from advisor.plan import make_plan
+from advisor.run.folder import require_unused
 from advisor.types import Plan, Scenario
 
 
@@ -35,6 +36,8 @@ def plan(out: Path | None, *, dry_run: bool, expert: bool, as_json: bool, **wish
     if len(machines) > 1:
         _compare(inputs, machines, knowledge, as_json=as_json)
         return
+    if out is not None and not dry_run:
+        require_unused(out)
     case = declared(inputs, knowledge) if inputs.scenario else _probed(inputs, knowledge, quiet=as_json)
     made = make_plan(case, knowledge)
     if not as_json:

@@ -54,16 +54,28 @@ def create_run_folder(folder: Path, plan: Plan, recipes: tuple[Recipe, ...]) -> 
         RefusedError: the folder is already in use.
         DiskError: it cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RefusedError(
-            f"{folder} already exists and is not empty.",
-            f"Choose another folder with --out, or go on with it: ftadvisor run {folder} --resume",
-            code="folder_in_use",
-        )
+    require_unused(folder)
     write_json(folder / "plan.json", plan)
     for name, recipe in zip(recipe_names(plan), recipes, strict=True):
         write_atomic(folder / name, encode(recipe))
     return folder
+
+
+def require_unused(folder: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        RefusedError: it does; says how to go on with a run folder.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    started = " --resume" if (folder / "events.jsonl").is_file() else ""
+    go_on = f", or go on with it: ftadvisor run {folder}{started}" if (folder / "plan.json").is_file() else ""
+    raise RefusedError(
+        f"{folder} already exists and is not empty.",
+        f"Choose another folder with --out{go_on}.",
+        code="folder_in_use",
+    )
 
 
 def find_runs(root: Path) -> Iterator[Path]:
