@@ -14,11 +14,12 @@ from advisor.cli.output import notifier, print_json, print_text
 from advisor.cli.planning import write_plan
 from advisor.cli.run import train
 from advisor.errors import UsageError
+from advisor.goals import understand
 from advisor.inputs import require_files
 from advisor.intake import gather, hardware_of, profiles_of
 from advisor.knowledge import Knowledge, load
 from advisor.plan import make_plan
-from advisor.types import Plan
+from advisor.types import Goal, Plan
 from advisor.ui import render
 from advisor.ui.questions import Answer, inputs_from
 from advisor.ui.wizard import ask_all, decide, load_answers, require_terminal, save_draft, show_plan
@@ -50,10 +51,15 @@ def wizard(answers: Path | None, out: Path | None, *, expert: bool, offline: boo
         return
     print_text(render.hardware(hardware_of(inputs_from({}), knowledge)))
     defaults: dict[str, Answer] = {}
+    questioned: set[str] = set()
+
+    def show(key: str, so_far: dict[str, Answer]) -> None:
+        if key == "goal":
+            _show_understood(str(so_far[key]), questioned, knowledge)
+        _show_found(key, so_far, knowledge, offline=offline)
+
     while True:
-        given = ask_all(
-            given, defaults, lambda key, so_far: _show_found(key, so_far, knowledge, offline=offline)
-        )
+        given = ask_all(given, defaults, show)
         inputs = msgspec.structs.replace(inputs_from(given), offline=offline)
         made = make_plan(gather(inputs, knowledge, notifier(quiet=False)), knowledge)
         show_plan(made, given, expert=expert)
@@ -100,6 +106,26 @@ def _replay(
         return
     show_plan(made, given, expert=expert)
     print_text(f"Written to {folder}\nNext: ftadvisor run {folder}" if folder else "Nothing was written.")
+
+
+def _show_understood(goal: str, questioned: set[str], knowledge: Knowledge) -> None:
+    """Echo what the goal was taken for; ask once more for one that names no kind of task.
+
+    Raises:
+        UsageError: the goal is unclear, and was not questioned before.
+    """
+    found = understand(Goal(text=goal), knowledge)
+    heard = [f"{name} (from '{words}')" for name, words in found.phrases.items()]
+    if heard:
+        print_text(f"Understood: {', '.join(heard)}. Esc takes you back.")
+    if found.tasks or found.requested_method or found.requested_objective or goal in questioned:
+        return
+    questioned.add(goal)
+    raise UsageError(
+        "I could not tell what kind of task that is.",
+        "Add a word such as style, classify, extract, translate, facts, tools or reasoning; or press Enter: "
+        "then the data decide.",
+    )
 
 
 def _show_found(key: str, given: dict[str, Answer], knowledge: Knowledge, *, offline: bool) -> None:

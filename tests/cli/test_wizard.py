@@ -87,6 +87,27 @@ def test_the_usual_way(tmp_path: Path, data: Path, open_terminal: list[Terminal]
     assert (folder / "recipe.yaml").is_file()
 
 
+def test_an_unclear_goal_is_asked_once_more(
+    tmp_path: Path, data: Path, open_terminal: list[Terminal]
+) -> None:
+    """A goal that names no kind of task is questioned once and then taken as it is; a clear one is echoed."""
+    terminal = Terminal(["wizard", "--offline"], tmp_path)
+    open_terminal.append(terminal)
+    for question, keys in (
+        ("Which machine will train?", "RTX 3060" + ENTER),
+        ("Where is your data?", "poems.json" + ENTER),
+        ("What should the model do better", "be good" + ENTER),
+        ("I could not tell", ENTER),
+    ):
+        terminal.wait_for(question)
+        terminal.send(keys)
+    terminal.wait_for("Where must it run")
+    terminal.send(ESCAPE)
+    terminal.wait_for("What should the model do better", times=3)
+    terminal.send(" at our style" + ENTER)
+    assert "Understood: style (from 'style')" in terminal.wait_for("Where must it run", times=2)
+
+
 def test_ctrl_c_keeps_the_answers(tmp_path: Path, data: Path, open_terminal: list[Terminal]) -> None:
     """Ctrl-C ends with 130 and a file from which the wizard goes on where it was."""
     terminal = Terminal(["wizard", "--offline"], tmp_path)
