@@ -105,11 +105,13 @@ def test_a_moved_run_folder_still_works(demo: tuple[Path, dict[str, object]], tm
 def test_verify_fails_for_another_model(demo: tuple[Path, dict[str, object]]) -> None:
     """A file that was not made from the model is not proved: exit 1, with the checks that failed."""
     folder, _ = demo
-    (base,) = (folder / "tea" / "base").glob("*.gguf")
-    answer = ftadvisor("verify", str(base), "--against", str(folder / "tea"), "--json", cwd=folder, status=1)
+    (own,) = (folder / "tea" / "export").glob("*Q8_0.gguf")
+    answer = ftadvisor("verify", str(own), "--against", str(starter_dir()), "--json", cwd=folder, status=1)
     proof = json.loads(answer.stdout)
     assert proof["passed"] is False
     assert not next(check for check in proof["checks"] if check["name"] == "logits")["passed"]
+    kept = json.loads(own.with_suffix(".verification.json").read_text())
+    assert kept["passed"] is True, "the file's own proof stays"
 
 
 def test_second_run_into_a_used_folder_is_refused(demo: tuple[Path, dict[str, object]]) -> None:

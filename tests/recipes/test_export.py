@@ -234,7 +234,6 @@ def test_planted_fault_is_caught(
     proof = verify_gguf(bad, against=models["llama-tied"])
     assert not proof.passed
     assert caught <= _failed(proof)
-    assert json.loads((tmp_path / "bad.verification.json").read_text())["passed"] is False
 
 
 def test_wrong_pre_tokenizer_is_caught(models: dict[str, Path], tmp_path: Path) -> None:
