@@ -43,7 +43,10 @@ def test_options_in_the_readme_exist(line: str) -> None:
 
 def test_two_lines_set_themselves_up() -> None:
     """The demo line and the test line are each one line with its own virtual environment."""
-    for name, last in (("demo", "ftadvisor demo"), ("tests", "python -m pytest -n auto --dist loadfile")):
+    for name, last in (
+        ("demo", "ftadvisor demo"),
+        ("tests", "python -m pytest -n auto --dist loadfile --no-loadscope-reorder"),
+    ):
         line = _shell_lines(name)
         assert "\n" not in line
         assert line.startswith("python3 -m venv ")
