@@ -22,6 +22,9 @@ from advisor.rows import Conversation, Message, RowProblem, infer_mapping, read_
 from advisor.templates import TemplateRefusalError
 from advisor.train.answers import Template, Tools, render_answers
 from advisor.train.data import ROWS_TO_INFER_FROM, Tally, told
+from advisor.train.model import Ending
+from advisor.train.session import Session
+from advisor.train.settings import Settings
 from advisor.types import RecipeDataset, Record
 
 
@@ -47,6 +50,30 @@ class JudgedData(Record, frozen=True, kw_only=True):
     """The fields of the `data` event."""
     left_out: str
     """What was left out, in words; empty when nothing was."""
+
+
+def open_judged(
+    session: Session,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    ending: Ending,
+    *,
+    single: bool = False,
+) -> JudgedData:
+    """Prepare the rows of a recipe, and say how many there are and what was left out.
+
+    Raises:
+        DataError: no row is left.
+    """
+    data = prepare_judged(
+        session.recipe.datasets, tokenizer, template, max_tokens=settings.max_seq_len,
+        heldout_fraction=settings.heldout_fraction, single=single,
+    )  # fmt: skip
+    session.events.write("data", end_token=ending.end, **data.account)
+    if data.left_out:
+        session.events.write("warning", message=f"Not every row is trained on: {data.left_out}.")
+    return data
 
 
 def prepare_judged(

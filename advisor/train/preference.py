@@ -13,17 +13,38 @@ import msgspec
 import torch
 from datasets import Dataset
 from torch.nn import functional
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from advisor.train.model import DTYPES
-from advisor.train.pairs import Judged
+from advisor.train.pairs import Judged, open_judged, pair_table
+from advisor.train.session import Session, carry_out, open_model, open_tokenizer, trainer_arguments
 from advisor.train.settings import Settings
+from advisor.train.tuners import trained_to_fp32
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From the log-probabilities of the chosen and rejected answers (batch,) and their lengths (batch,) to the
 loss."""
+
+
+def train_without_reference(session: Session, settings: Settings, pair_loss: Loss) -> int:
+    """Data, model, training, result for a loss that needs no reference model; returns the exit status."""
+    tokenizer, template, ending = open_tokenizer(session)
+    data = open_judged(session, settings, tokenizer, template, ending)
+    model = open_model(session, settings, tokenizer, ending)
+    if session.recipe.tuner != "full":
+        trained_to_fp32(model)
+    trainer = PairTrainer(
+        pair_loss=pair_loss,
+        pad_id=ending.pad_id,
+        model=model,
+        args=TrainingArguments(**trainer_arguments(session.recipe, settings), remove_unused_columns=False),
+        train_dataset=pair_table(data.train),
+        processing_class=tokenizer,
+    )
+    measure = HeldOutPairs(trainer, data.heldout, settings, pad_id=ending.pad_id)
+    return carry_out(session, trainer, tokenizer, settings, measure=measure)
 
 
 class ReadyRows:

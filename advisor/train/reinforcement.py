@@ -20,8 +20,10 @@ from advisor.rows import RowProblem, infer_mapping, read_rows, to_messages
 from advisor.templates import TemplateRefusalError
 from advisor.train.answers import Template, render_prompt
 from advisor.train.data import ROWS_TO_INFER_FROM, Tally, told
-from advisor.train.rewards import Reward
-from advisor.train.settings import ReinforcementSettings
+from advisor.train.rewards import Reward, rewards_of
+from advisor.train.session import Session, carry_out, open_model, open_tokenizer, trainer_arguments
+from advisor.train.settings import ReinforcementSettings, read_settings
+from advisor.train.tuners import trained_to_fp32
 from advisor.types import RecipeDataset, Record
 
 PROBED_PROMPTS, PROBED_SAMPLES = 16, 4
@@ -175,3 +177,47 @@ class Sampled:
 
 def _until_end(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def train_against_rewards(session: Session, trainer_class: Any, arguments_class: Any) -> int:
+    """Prompts, rewards, model, training, result; each part is told as an event before the next begins.
+
+    Args:
+        session: of the program.
+        trainer_class: TRL's trainer, or a subclass.
+        arguments_class: the arguments that it takes.
+
+    Returns:
+        The exit status.
+    """
+    recipe, events = session.recipe, session.events
+    settings = read_settings(recipe, ReinforcementSettings, cuda=torch.cuda.is_available())
+    tokenizer, template, ending = open_tokenizer(session)
+    tokenizer.padding_side = "left"
+    prompts = prepare_prompts(recipe.datasets, tokenizer, template, settings)
+    rewards = rewards_of(recipe, settings, tokenizer, template, answered=prompts.answered)
+    names = [reward.__name__ for reward in rewards]
+    events.write("data", end_token=ending.end, rewards=names, **prompts.account)
+    if prompts.left_out:
+        events.write("warning", message=f"Not every prompt is used: {prompts.left_out}.")
+
+    model = open_model(session, settings, tokenizer, ending)
+    trainer = trainer_class(
+        model=model,
+        reward_funcs=rewards,
+        args=arguments_class(
+            **(trainer_arguments(recipe, settings) | {"include_num_input_tokens_seen": "no"}),
+            beta=settings.kl_beta,
+            num_generations=settings.num_generations,
+            max_completion_length=settings.max_completion_length,
+            temperature=settings.temperature,
+            reward_weights=settings.reward_weights or None,
+        ),
+        train_dataset=prompts.rows,
+        processing_class=tokenizer,
+    )
+    if recipe.tuner != "full":
+        trained_to_fp32(trainer.model)
+    measure = Sampled(trainer, prompts, rewards, tokenizer, template, settings)
+    measure.refuse_if_all_alike()
+    return carry_out(session, trainer, tokenizer, settings, measure=measure)

@@ -20,22 +20,10 @@ if __name__ == "__main__" and not any(
     # PEFT imports bitsandbytes wherever it is installed: 3.4 of 16 CPU-seconds that only these two need.
     sys.modules["bitsandbytes"] = None
 
-import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from advisor.train.reinforcement import Sampled, prepare_prompts
-from advisor.train.rewards import rewards_of
-from advisor.train.session import (
-    Session,
-    carry_out,
-    leave,
-    open_model,
-    open_tokenizer,
-    run_program,
-    trainer_arguments,
-)
-from advisor.train.settings import ReinforcementSettings, read_settings
-from advisor.train.tuners import trained_to_fp32
+from advisor.train.reinforcement import train_against_rewards
+from advisor.train.session import Session, leave, run_program
 
 
 class PlainGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed
@@ -46,38 +34,8 @@ class PlainGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed
 
 
 def train(session: Session) -> int:
-    """Prompts, rewards, model, training, result; each part is told as an event before the next begins."""
-    recipe, events = session.recipe, session.events
-    settings = read_settings(recipe, ReinforcementSettings, cuda=torch.cuda.is_available())
-    tokenizer, template, ending = open_tokenizer(session)
-    tokenizer.padding_side = "left"
-    prompts = prepare_prompts(recipe.datasets, tokenizer, template, settings)
-    rewards = rewards_of(recipe, settings, tokenizer, template, answered=prompts.answered)
-    names = [reward.__name__ for reward in rewards]
-    events.write("data", end_token=ending.end, rewards=names, **prompts.account)
-    if prompts.left_out:
-        events.write("warning", message=f"Not every prompt is used: {prompts.left_out}.")
-
-    model = open_model(session, settings, tokenizer, ending)
-    trainer = PlainGRPOTrainer(
-        model=model,
-        reward_funcs=rewards,
-        args=GRPOConfig(
-            **(trainer_arguments(recipe, settings) | {"include_num_input_tokens_seen": "no"}),
-            beta=settings.kl_beta,
-            num_generations=settings.num_generations,
-            max_completion_length=settings.max_completion_length,
-            temperature=settings.temperature,
-            reward_weights=settings.reward_weights or None,
-        ),
-        train_dataset=prompts.rows,
-        processing_class=tokenizer,
-    )
-    if recipe.tuner != "full":
-        trained_to_fp32(trainer.model)
-    measure = Sampled(trainer, prompts, rewards, tokenizer, template, settings)
-    measure.refuse_if_all_alike()
-    return carry_out(session, trainer, tokenizer, settings, measure=measure)
+    """Train with TRL's trainer of this program and its arguments."""
+    return train_against_rewards(session, PlainGRPOTrainer, GRPOConfig)
 
 
 if __name__ == "__main__":

@@ -21,52 +21,16 @@ if __name__ == "__main__" and not any(
     sys.modules["bitsandbytes"] = None
 
 import torch
-from transformers import TrainingArguments
 
-from advisor.train.pairs import pair_table, prepare_judged
-from advisor.train.preference import HeldOutPairs, PairTrainer, orpo_loss
-from advisor.train.session import (
-    Session,
-    carry_out,
-    leave,
-    open_model,
-    open_tokenizer,
-    run_program,
-    trainer_arguments,
-)
+from advisor.train.preference import orpo_loss, train_without_reference
+from advisor.train.session import Session, leave, run_program
 from advisor.train.settings import OrpoSettings, read_settings
-from advisor.train.tuners import trained_to_fp32
 
 
 def train(session: Session) -> int:
-    """Data, model, training, result; each part is told as an event before the next begins."""
-    recipe, events = session.recipe, session.events
-    settings = read_settings(recipe, OrpoSettings, cuda=torch.cuda.is_available())
-    tokenizer, template, ending = open_tokenizer(session)
-    data = prepare_judged(
-        recipe.datasets,
-        tokenizer,
-        template,
-        max_tokens=settings.max_seq_len,
-        heldout_fraction=settings.heldout_fraction,
-    )
-    events.write("data", end_token=ending.end, **data.account)
-    if data.left_out:
-        events.write("warning", message=f"Not every row is trained on: {data.left_out}.")
-
-    model = open_model(session, settings, tokenizer, ending)
-    if recipe.tuner != "full":
-        trained_to_fp32(model)
-    trainer = PairTrainer(
-        pair_loss=orpo_loss(settings.beta),
-        pad_id=ending.pad_id,
-        model=model,
-        args=TrainingArguments(**trainer_arguments(recipe, settings), remove_unused_columns=False),
-        train_dataset=pair_table(data.train),
-        processing_class=tokenizer,
-    )
-    measure = HeldOutPairs(trainer, data.heldout, settings, pad_id=ending.pad_id)
-    return carry_out(session, trainer, tokenizer, settings, measure=measure)
+    """Read the settings; the loss is all that tells this program from its sister."""
+    settings = read_settings(session.recipe, OrpoSettings, cuda=torch.cuda.is_available())
+    return train_without_reference(session, settings, orpo_loss(settings.beta))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if __name__ == "__main__" and not any(
 import torch
 from trl import RewardConfig
 
-from advisor.train.pairs import prepare_judged, whole_table
+from advisor.train.pairs import open_judged, whole_table
 from advisor.train.preference import ReadyRewardTrainer, reward_figures
 from advisor.train.session import (
     Session,
@@ -40,20 +40,10 @@ from advisor.train.tuners import trained_to_fp32
 
 def train(session: Session) -> int:
     """Data, model, training, result; each part is told as an event before the next begins."""
-    recipe, events = session.recipe, session.events
+    recipe = session.recipe
     settings = read_settings(recipe, RewardSettings, cuda=torch.cuda.is_available())
     tokenizer, template, ending = open_tokenizer(session)
-    data = prepare_judged(
-        recipe.datasets,
-        tokenizer,
-        template,
-        max_tokens=settings.max_seq_len,
-        heldout_fraction=settings.heldout_fraction,
-    )
-    events.write("data", end_token=ending.end, **data.account)
-    if data.left_out:
-        events.write("warning", message=f"Not every row is trained on: {data.left_out}.")
-
+    data = open_judged(session, settings, tokenizer, template, ending)
     model = open_model(session, settings, tokenizer, ending, task="SEQ_CLS")
     trainer = ReadyRewardTrainer(
         model=model,
