@@ -12,7 +12,7 @@ from advisor.estimate.disk import estimate_disk
 from advisor.estimate.memory import estimate_memory
 from advisor.knowledge import Knowledge
 from advisor.plan import overrides as own
-from advisor.plan.case import Case, limit
+from advisor.plan.case import Case, takes_too_long
 from advisor.plan.export import export_plan
 from advisor.plan.settings import Sheet, stage_sheet
 from advisor.plan.warn import warnings_of
@@ -34,9 +34,6 @@ from advisor.types import (
     Verdict,
 )
 from advisor.units import format_bytes
-
-LONGEST = ("choice", "fit", "hopeless_hours")
-"""Where the longest training stands that is still advised without a word."""
 
 __all__ = ["make_plan"]
 
@@ -192,10 +189,7 @@ def _verdict(case: Case, knowledge: Knowledge) -> Verdict:
         return "change_plan"
     if case.option.fit and any(stage.cut for stage in case.option.fit.stages):
         return "change_plan"
-    limited = situation.scenario.goal.max_hours is not None
-    if not case.option.in_time and (limited or case.seconds() > 3600 * limit(knowledge, *LONGEST)):
-        return "change_plan"
-    return "train"
+    return "change_plan" if takes_too_long(case, knowledge) else "train"
 
 
 def _data_is_broken(case: Case, knowledge: Knowledge) -> bool:

@@ -60,6 +60,17 @@ class Case(Record, frozen=True, kw_only=True):
         return bool(self.stages)
 
 
+def allowed_hours(case: Case, knowledge: Knowledge) -> float:
+    """Hours that training may take: what the person allows, else what nobody would wait for."""
+    allowed = case.situation.scenario.goal.max_hours
+    return limit(knowledge, "choice", "fit", "hopeless_hours") if allowed is None else allowed
+
+
+def takes_too_long(case: Case, knowledge: Knowledge) -> bool:
+    """True when the trained stages together exceed the hours allowed."""
+    return case.trained() and case.seconds() > 3600 * allowed_hours(case, knowledge)
+
+
 def limit(knowledge: Knowledge, file: str, table: str, key: str) -> float:
     """One figure of kb/rules."""
     return float(rule(knowledge, file, table)[key])

@@ -12,7 +12,7 @@ import msgspec
 
 from advisor.estimate.memory import estimate_memory
 from advisor.knowledge import Knowledge
-from advisor.plan.case import Case, limit
+from advisor.plan.case import Case, allowed_hours, limit, takes_too_long
 from advisor.units import format_bytes, format_seconds
 
 Values = dict[str, Any] | None
@@ -84,12 +84,11 @@ def slow(case: Case, knowledge: Knowledge) -> Values:
     if not case.trained():
         return None
     seconds, fitted = case.seconds(), case.option.fit if case.option else None
-    allowed = case.situation.scenario.goal.max_hours
-    if allowed is not None and seconds > allowed * 3600:
-        return {
-            "severity": "must",
-            "detail": f"about {format_seconds(seconds)}, and {allowed:g} hours are allowed",
-        }
+    if takes_too_long(case, knowledge):
+        hours = format_seconds(3600 * allowed_hours(case, knowledge))
+        told = case.situation.scenario.goal.max_hours is not None
+        beyond = f"{hours} are allowed" if told else f"more than {hours} is not advised"
+        return {"severity": "must", "detail": f"about {format_seconds(seconds)}, and {beyond}"}
     patience = 60 * limit(knowledge, "choice", "fit", "slow_minutes_without_gpu")
     if case.situation.machine.device in ("cpu", "mps") and seconds > patience:
         return {"detail": f"about {format_seconds(seconds)} on {case.situation.machine.name}"}

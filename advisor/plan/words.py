@@ -6,7 +6,7 @@ Goes in: a Case and the verdict. Comes out: text. Never does: decide.
 from __future__ import annotations
 
 from advisor.knowledge import Knowledge
-from advisor.plan.case import Case
+from advisor.plan.case import Case, allowed_hours, takes_too_long
 from advisor.recommend import Option
 from advisor.recommend.fit import least_bytes
 from advisor.recommend.reasons import because
@@ -26,6 +26,7 @@ LEADS: dict[Verdict, str] = {
     "change_plan": "Another way than asked: ",
     "change_model": "Another model than asked: ",
 }
+TOO_LONG = "This takes too long as it stands: "
 
 
 def summary(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
@@ -51,7 +52,14 @@ def _what(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
     title = knowledge.tuners[case.tuner].title
     chain = ", then ".join(short_name(o, knowledge) for o in case.objectives)
     size = format_count(case.spec.parameters)
-    return f"{LEADS.get(verdict, '')}{title} with {chain} on {case.spec.id} ({size} parameters)."
+    return f"{_lead(case, verdict, knowledge)}{title} with {chain} on {case.spec.id} ({size} parameters)."
+
+
+def _lead(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
+    asked = case.advice.method_refused is not None or case.advice.decision.verdict == "change_plan"
+    if verdict == "change_plan" and not asked and takes_too_long(case, knowledge):
+        return TOO_LONG
+    return LEADS.get(verdict, "")
 
 
 def short_name(objective: str, knowledge: Knowledge) -> str:
@@ -92,6 +100,9 @@ def alternatives(case: Case, knowledge: Knowledge) -> tuple[Alternative, ...]:
         found.append(Alternative(code=code, message=text))
 
     decision, situation, objectives = case.advice.decision, case.situation, set(case.objectives)
+    if takes_too_long(case, knowledge):
+        hours = allowed_hours(case, knowledge)
+        suggest("less_data", hours=f"{hours:g}", share=f"{hours * 3600 / case.seconds():.0%}")
     if decision.instead == "none_rag":
         suggest("rag")
         suggest("rag_then_sft_for_style")
@@ -110,9 +121,6 @@ def alternatives(case: Case, knowledge: Knowledge) -> tuple[Alternative, ...]:
         suggest("self_generated")
     if situation.machine.vendor == "apple":
         suggest("mlx_qlora")
-    allowed, seconds = situation.scenario.goal.max_hours, case.seconds()
-    if allowed is not None and case.stages and seconds > allowed * 3600:
-        suggest("less_data", hours=f"{allowed:g}", share=f"{allowed * 3600 / seconds:.0%}")
     if decision.instead is None and (better := _next_better(case)):
         option, needed = better
         if option.no_fit and option.no_fit.rough:

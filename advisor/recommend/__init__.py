@@ -112,7 +112,7 @@ def _advice(
     asked = situation.goal.requested_method
     wished = [o for o in fitting if o.proposal.tuner == asked]
     plain = [o for o in fitting if o.fit and not o.fit.layout.offload]
-    plain = [o for o in plain if o.in_time] or plain
+    plain = [o for o in plain if o.in_time] or _quickest(plain, situation)
     chosen = next(iter(wished or plain or fitting), None)
     if chosen and not wished:
         chosen = _roomier(chosen, plain, named=situation.spec is not None and refused is None)
@@ -123,6 +123,12 @@ def _advice(
         situation=situation, decision=decision, chosen=chosen, options=options,
         asked_model=situation.named.asked, model_refused=refused, method_refused=method_refused,
     )  # fmt: skip
+
+
+def _quickest(options: list[Option], situation: Situation) -> list[Option]:
+    """Where all take too long and the model is free, the quickest of the main tuners comes first."""
+    main = [o for o in options if o.proposal.tuner in MAIN_TUNERS] if situation.spec is None else []
+    return sorted(main, key=lambda o: o.hours) or options
 
 
 def _roomier(chosen: Option, options: list[Option], *, named: bool) -> Option:

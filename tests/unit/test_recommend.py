@@ -419,6 +419,19 @@ def test_hours_limit_the_free_choice_and_are_told_for_a_named_model() -> None:
     assert "less_data" in {alternative.code for alternative in named.alternatives}
 
 
+def test_training_for_weeks_is_not_advised_and_says_why() -> None:
+    """Too long is called too long, not another way than asked; a free model is then the quickest."""
+    named = plan(rows(count=300_000), hardware=CPU, model="Qwen/Qwen3-1.7B")
+    assert named.verdict == "change_plan"
+    assert named.summary.startswith("This takes too long as it stands: ")
+    assert named.alternatives[0].code == "less_data"
+    assert any(w.code == "slow" and w.severity == "must" for w in named.warnings)
+    free = plan(rows(count=300_000), hardware=CPU, model="auto")
+    assert free.model is not None
+    assert named.model is not None
+    assert free.model.parameters < named.model.parameters / 4
+
+
 def test_an_unknown_model_without_a_size_is_an_error() -> None:
     """There is nothing to plan with."""
     with pytest.raises(UnknownNameError):
