@@ -30,11 +30,7 @@ DISMISSAL = re.compile(
 PLACED = re.compile(
     r"\b(?:(?:on|in|onto|into|inside|via)\s+(?:\w+\s+){0,2}|for\s+(?:my|our|a|an|the|old)\s+(?:\w+\s+)?)$"
 )
-"""In free text the name of a device says where the model runs only behind such words."""
-DEVICES = frozenset({"phone", "edge", "browser", "laptop"})
-LEAST_TYPO = 6
-"""Letters from which on a word with a slip of the finger is still recognised."""
-LIKENESS = 0.87
+"""Behind such words alone does a device named in free text (`placed` in kb) say where the model runs."""
 
 
 def understand(goal: Goal, knowledge: Knowledge) -> UnderstoodGoal:
@@ -50,7 +46,7 @@ def understand(goal: Goal, knowledge: Knowledge) -> UnderstoodGoal:
     rules, deploy_rules = knowledge.rules["goals"], knowledge.rules["deploy"]
     text = normalise(f"{goal.text} . {' . '.join(goal.priorities)}")
     phrases: dict[str, str] = {}
-    tasks = _tasks(normalise(goal.text), rules["task"])
+    tasks = _tasks(normalise(goal.text), rules)
     wishes = _matches(text, rules["wish"])
     for name, phrase in {**tasks, **wishes}.items():
         phrases[name] = phrase
@@ -98,19 +94,19 @@ def _find(text: str, words: Iterable[str], *, placed: bool) -> str | None:
     return best
 
 
-def _tasks(text: str, groups: Mapping[str, Any]) -> dict[str, str]:
+def _tasks(text: str, rules: Mapping[str, Any]) -> dict[str, str]:
     """Task -> phrase; a mere form of talk comes last; slips of the finger count if nothing else."""
-    found = _matches(text, groups)
-    if not found:
-        found = _misspelt(text, groups)
+    groups = rules["task"]
+    found = _matches(text, groups) or _misspelt(text, groups, rules["misspelling"])
     return dict(sorted(found.items(), key=lambda hit: bool(groups[hit[0]].get("weak"))))
 
 
-def _misspelt(text: str, groups: Mapping[str, Any]) -> dict[str, str]:
+def _misspelt(text: str, groups: Mapping[str, Any], limits: Mapping[str, Any]) -> dict[str, str]:
     """Task -> word as typed, where a long word nearly is one of a group."""
+    letters, likeness = limits["least_letters"], limits["likeness"]
     meaning = {word: name for name, table in groups.items() for word in table["words"] if word.isalpha()}
-    for typed in re.findall(rf"[a-z]{{{LEAST_TYPO},}}", text):
-        near = difflib.get_close_matches(typed, meaning, n=1, cutoff=LIKENESS)
+    for typed in re.findall(rf"[a-z]{{{letters},}}", text):
+        near = difflib.get_close_matches(typed, meaning, n=1, cutoff=likeness)
         if near and find_phrase(text, (typed,)):
             return {meaning[near[0]]: typed}
     return {}
@@ -154,7 +150,9 @@ def _deploy(goal: Goal, rules: Mapping[str, Any], phrases: dict[str, str]) -> tu
     places = {name: table for name, table in rules.items() if "words" in table}
     own = {n: find_phrase(normalise(goal.deploy), t["words"]) for n, t in places.items()}
     said_so = normalise(goal.text)
-    found = {n: own[n] or _find(said_so, t["words"], placed=n in DEVICES) for n, t in places.items()}
+    found = {
+        n: own[n] or _find(said_so, t["words"], placed=t.get("placed", False)) for n, t in places.items()
+    }
     place = next((n for n in places if own[n]), None) or next((n for n in places if found[n]), None)
     if place is None:
         return "unstated", None

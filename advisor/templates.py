@@ -177,18 +177,6 @@ def render_with_spans(
     return "".join(text), spans
 
 
-def answer_spans(
-    template: str,
-    messages: Messages,
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    bos_token: str = "",
-    eos_token: str = "",
-) -> list[tuple[int, int]]:
-    """Return the character spans [start, end) of the generation blocks in the rendered text."""
-    return render_with_spans(template, messages, tools=tools, bos_token=bos_token, eos_token=eos_token)[1]
-
-
 def has_generation_markers(template: str) -> bool:
     """Tell whether the template marks what the assistant says."""
     return _GENERATION_TAG.search(template) is not None

@@ -10,8 +10,6 @@ from advisor.recommend.deploy import choose_file
 from advisor.recommend.situation import Situation
 from advisor.types import ExportPlan, ModelSpec, TunerFacts
 
-EXACT = "F16"
-
 
 def export_plan(
     spec: ModelSpec, tuner: TunerFacts | None, situation: Situation, knowledge: Knowledge

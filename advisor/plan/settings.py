@@ -95,7 +95,7 @@ def _optimiser(sheet: Sheet, stage: StageFit, option: Option, advice: Advice, kn
     scheduler = "constant" if online else "linear" if later else "cosine"
     sheet.say("scheduler", f"scheduler_{scheduler}", value=scheduler)
     key = "weight_decay_small" if _small(stage, advice, knowledge) else "weight_decay"
-    sheet.say("weight_decay", key, value=rules[f"{key}_data" if key.endswith("small") else key])
+    sheet.say("weight_decay", key, value=rules[key])
     key = "max_grad_norm_fp16" if stage.settings.precision == "fp16" else "max_grad_norm"
     sheet.say("max_grad_norm", key, value=rules[key])
     key = "optimizer" if option.proposal.facts.group != "full" else "optimizer_full"

@@ -89,11 +89,8 @@ def mask_loss(case: Case, knowledge: Knowledge) -> Values:
     """SFT on rows that hold questions and answers."""
     if "sft" not in case.objectives or case.tuner == "classifier_head":
         return None
-    return (
-        {}
-        if all(stage.settings.get("loss_on", "assistant") == "assistant" for stage in case.stages)
-        else {"handled": False}
-    )
+    on_answers = all(stage.settings.get("loss_on", "assistant") == "assistant" for stage in case.stages)
+    return {} if on_answers else {"handled": False}
 
 
 def tools_column(case: Case, knowledge: Knowledge) -> Values:

@@ -70,30 +70,6 @@ def read_model(
     )
 
 
-def model_files(spec: ModelSpec, *, offline: bool = False) -> Path:
-    """Return the local folder that holds a model's weights, fetching it from the hub where needed.
-
-    Raises:
-        ModelError: the folder is incomplete.
-        HubError: the hub refuses or is out of reach.
-    """
-    folder = starter_dir() if spec.id == STARTER else Path(spec.path) if spec.path else None
-    if folder is None:
-        folder = hub.fetch_model(spec.id, revision=spec.revision, offline=offline).path
-    files, missing = weight_files(folder)
-    lacking = list(missing) or ([] if files else ["model.safetensors"])
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        lacking.append("tokenizer.json")
-    if lacking:
-        raise ModelError(
-            f"The model in {folder} is incomplete; missing: {', '.join(lacking)}.",
-            "Download the missing files into the folder.",
-            code="incomplete_model",
-        )
-    read_weights(files, tied=spec.shape.tied)
-    return folder
-
-
 def tokenizer_file(spec: ModelSpec) -> Path | None:
     """Return tokenizer.json of a model if it lies on this machine; uses no network."""
     if spec.path:

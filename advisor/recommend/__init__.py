@@ -67,7 +67,6 @@ class Advice(Record, frozen=True, kw_only=True):
     decision: Decision
     chosen: Option | None
     options: tuple[Option, ...]
-    asked_model: str = ""
     model_refused: Objection | None = None
     """Why the model asked for is not the one chosen."""
     method_refused: Objection | None = None
@@ -121,7 +120,7 @@ def _advice(
         method_refused = _why_not_this_tuner(asked, options, knowledge)
     return Advice(
         situation=situation, decision=decision, chosen=chosen, options=options,
-        asked_model=situation.named.asked, model_refused=refused, method_refused=method_refused,
+        model_refused=refused, method_refused=method_refused,
     )  # fmt: skip
 
 

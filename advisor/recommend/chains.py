@@ -19,10 +19,6 @@ PREFERENCE = frozenset({"dpo", "kto", "orpo", "simpo"})
 REINFORCEMENT = frozenset({"rloo", "grpo"})
 MANNER = frozenset({"language", "style", "code"})
 """Tasks for which plain text is worth reading on, beside facts."""
-INPUT_HOLDS_FACTS = frozenset(
-    {"classification", "extraction", "summarisation", "translation", "tool_calling"}
-)
-"""Tasks whose facts stand in the request or come from a tool, so that they may change."""
 
 Instead = tuple[str, Why]
 """none_rag, none_prompting or none, and why."""
@@ -116,7 +112,8 @@ def _changing_facts(situation: Situation, knowledge: Knowledge) -> Instead | Non
         return None
     if situation.goal.task not in ("facts", "chat", "instruction") and "facts" not in situation.goal.tasks:
         return None
-    if INPUT_HOLDS_FACTS & set(situation.goal.tasks):
+    tasks = knowledge.rules["goals"]["task"]
+    if any(tasks[task].get("input_holds_facts", False) for task in situation.goal.tasks):
         return None
     phrase = repr(situation.goal.phrases["changing_facts"])
     return "none_rag", because(knowledge, "instead", "changing_facts", phrase=phrase)

@@ -223,3 +223,25 @@ def test_fewer_bits_lose_more() -> None:
         figures = [sign * value for kind in kinds if (value := getattr(kind, attribute)) is not None]
         assert figures == sorted(figures), attribute
         assert len(figures) >= 5, attribute
+
+
+BY_NAME = {"closed_models", "gguf", "languages", "memory", "verify", "profile", "time"}
+"""Rule files with tables whose keys are names of things, looked up by value and never spelt in Python."""
+
+
+def test_every_rule_is_read() -> None:
+    """A figure that no program reads would be changed in vain: each key is spelt somewhere in Python."""
+    package = Path(module.__file__).parent
+    spelt = set(re.findall(r"\w+", "\n".join(file.read_text() for file in package.rglob("*.py"))))
+
+    def unread(table: dict[str, object], path: str) -> list[str]:
+        inner = [unread(value, f"{path}.{key}") for key, value in table.items() if isinstance(value, dict)]
+        own = [
+            f"{path}.{key}"
+            for key, value in table.items()
+            if not isinstance(value, dict) and key not in spelt
+        ]
+        return own + [name for names in inner for name in names]
+
+    rules = {name: table for name, table in KNOWN.rules.items() if name not in BY_NAME}
+    assert [key for name, table in rules.items() for key in unread(dict(table), name)] == []

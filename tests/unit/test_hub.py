@@ -22,7 +22,8 @@ import json, sys
 from advisor.errors import AdvisorError
 from advisor.knowledge import load
 from advisor.probe.dataset import profile_dataset
-from advisor.probe.model import model_files, read_model, tokenizer_file
+from advisor.probe.hub import fetch_model
+from advisor.probe.model import read_model, tokenizer_file
 
 def look(what, name, offline, revision):
     if what == "data":
@@ -34,7 +35,7 @@ def look(what, name, offline, revision):
               "findings": [finding.code for finding in spec.findings],
               "tokenizer": tokenizer_file(spec) is not None}
     if what == "weights":
-        folder = model_files(spec, offline=offline)
+        folder = fetch_model(spec.id, revision=spec.revision, offline=offline).path
         answer["files"] = {f.name: f.stat().st_size for f in folder.iterdir()}
     return answer
 
