@@ -20,6 +20,7 @@ from advisor.types import (
     Failure,
     ModelFacts,
     ObjectiveFacts,
+    Program,
     Quantisation,
     Source,
     Topic,
@@ -43,7 +44,7 @@ IN_GENERAL = {"rows": "N", "model": "the model", "needed_gib": "N", "available_g
 EIGHT_BILLION = 8_000_000_000
 
 
-def explain(topic: str, knowledge: Knowledge) -> Explanation:
+def explain(topic: str, knowledge: Knowledge, programs: Mapping[str, Program] | None = None) -> Explanation:
     """Return what is known about a topic.
 
     Case, spaces, dashes and underscores do not count, nor does American spelling. A name that several
@@ -53,6 +54,7 @@ def explain(topic: str, knowledge: Knowledge) -> Explanation:
         topic: a term, method, setting, warning code, model, accelerator, or a list: topics, methods, models,
             hardware, quantisations, warnings, failures, sources.
         knowledge: the knowledge base.
+        programs: the training programs by name; a setting that only they describe is explained from there.
 
     Raises:
         UnknownNameError: nothing of that name is known; the nearest is named.
@@ -62,8 +64,12 @@ def explain(topic: str, knowledge: Knowledge) -> Explanation:
     if wanted in pages:
         return pages[wanted]()
     found = _index(knowledge).get(wanted)
+    if not found and (other := _stand_in(wanted, knowledge) or _program_key(wanted, programs or {})):
+        return other
     if not found:
-        names = sorted({name for section in SECTIONS for name in getattr(knowledge, section)} | set(pages))
+        keys = {key for program in (programs or {}).values() for key in program.keys}
+        entries = {name for section in SECTIONS for name in getattr(knowledge, section)}
+        names = sorted(entries | keys | set(pages))
         close = names if nearest(topic, names) else sorted(pages)
         raise UnknownNameError("topic", topic, close, "See: ftadvisor explain topics")
     section, key = found[0]
@@ -115,6 +121,44 @@ def _spoken_names(knowledge: Knowledge) -> dict[str, list[str]]:
     """Names of methods as people say them in a goal; kb/rules/goals.toml calls retrieval `none_rag`."""
     methods = knowledge.rules.get("goals", {}).get("method", {})
     return {key.removeprefix("none_"): table["words"] for key, table in methods.items()}
+
+
+def _stand_in(wanted: str, knowledge: Knowledge) -> Explanation | None:
+    """A method that goes under another name here, as kb/rules/goals.toml tells it."""
+    for table in knowledge.rules.get("goals", {}).get("variant", {}).values():
+        word = next((word for word in table["words"] if _plain(word) == wanted), None)
+        if word is not None:
+            note, other = table["note"].format(asked=word.upper()), table["stands_in"]
+            return Explanation(
+                title=word.upper(), plain=f"{note[:1].upper()}{note[1:]}.", facts=(("stands in", other),),
+                sources=(knowledge.sources[table["source"]],),
+            )  # fmt: skip
+    return None
+
+
+def _program_key(wanted: str, programs: Mapping[str, Program]) -> Explanation | None:
+    """A setting as the training programs document it."""
+    found = {
+        name: (key, facts)
+        for name, program in programs.items()
+        for key, facts in program.keys.items()
+        if _plain(key) == wanted
+    }
+    if not found:
+        return None
+    key, facts = next(iter(found.values()))
+    low = "" if facts.low is None else f"from {facts.low:g}"
+    high = "" if facts.high is None else f"to {facts.high:g}"
+    return Explanation(
+        title=f"{key} (setting)", plain=facts.doc,
+        facts=(
+            ("type", facts.type),
+            *((("range", f"{low} {high}".strip()),) if low or high else ()),
+            *((("choices", ", ".join(facts.choices)),) if facts.choices else ()),
+            ("read by", ", ".join(found)),
+            ("given by", f"--set {key}=..., or in recipe.yaml"),
+        ),
+    )  # fmt: skip
 
 
 # --- one entry -----------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+BLOCK = 256
+"""Weights in a block of GGUF's K-quants; a row of another width would stay unquantised."""
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -56,16 +58,19 @@ def read_recipe(path: Path) -> dict[str, Any]:
     wrong += [f"unknown key {name}" for name in sorted(given - set(keys))]
     for name in sorted(given & set(keys)):
         value, rule = recipe[name], keys[name]
-        low, high = rule.get("minimum", value), rule.get("maximum", value)
+        low, high = rule.get("low", value), rule.get("high", value)
         if (
             type(value) is not TYPES[rule["type"]]
             or value not in rule.get("choices", [value])
             or (rule["type"] in ("int", "float") and not low <= value <= high)
-            or ("multiple_of" in rule and value % rule["multiple_of"])
         ):
             wrong.append(f"{name} = {value!r} is not allowed by {rule}")
-    if wrong or recipe["heads"] * 64 != recipe["hidden_size"]:
-        raise SystemExit(f"{path}: " + "; ".join(wrong or ["heads x 64 must be hidden_size"]))
+    if not wrong and recipe["heads"] * 64 != recipe["hidden_size"]:
+        wrong.append("heads x 64 must be hidden_size")
+    if not wrong and (recipe["hidden_size"] % BLOCK or recipe["intermediate_size"] % BLOCK):
+        wrong.append(f"hidden_size and intermediate_size must be multiples of {BLOCK}")
+    if wrong:
+        raise SystemExit(f"{path}: " + "; ".join(wrong))
     return recipe
 
 

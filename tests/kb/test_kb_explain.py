@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from advisor.errors import UnknownNameError
 from advisor.explain import SECTIONS, explain
 from advisor.knowledge import Knowledge, read
-from advisor.resources import kb_dir
-from advisor.types import Explanation
+from advisor.resources import kb_dir, recipes_dir
+from advisor.types import Explanation, Program
 
 KNOWN = read(kb_dir())
 WITHOUT_THINGS: Knowledge = msgspec.structs.replace(KNOWN, accelerators={}, models={})
@@ -157,3 +157,26 @@ def test_any_text_is_answered_or_refused(text: str) -> None:
     """No text breaks it: there is an explanation, or the error that names the nearest."""
     with contextlib.suppress(UnknownNameError):
         assert explain(text, WITHOUT_THINGS).title
+
+
+@pytest.mark.parametrize(
+    ("asked", "other"), [("PPO", "rloo"), ("ipo", "dpo"), ("rank-stabilized LoRA", "lora")]
+)
+def test_a_method_that_is_not_offered_names_its_stand_in(asked: str, other: str) -> None:
+    """What people read about elsewhere is answered with what is done here instead, and why."""
+    found = explain(asked, KNOWN)
+    assert dict(found.facts)["stands in"] == other
+    assert found.sources
+
+
+def test_every_setting_of_every_program_is_explained() -> None:
+    """What can be set can be asked about: from kb/ where it stands there, else from the program's file."""
+    files = sorted(recipes_dir().glob("*/program.toml"))
+    programs = {file.parent.name: msgspec.toml.decode(file.read_bytes(), type=Program) for file in files}
+    assert programs
+    for program in programs.values():
+        for key in program.keys:
+            assert explain(key, KNOWN, programs).plain
+    facts = dict(explain("lora_dropout", KNOWN, programs).facts)
+    assert facts["type"] == "float"
+    assert "sft" in facts["read by"]
