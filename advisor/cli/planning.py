@@ -38,7 +38,7 @@ def require_trainable(plan: Plan, scenario: Scenario) -> None:
     if plan.verdict != "train" and not scenario.goal.force:
         raise RefusedError(
             f"Not advised as asked ({plan.verdict}): {plan.summary}",
-            f"{_next_step(plan)} To train all the same, add --force.",
+            f"{_next_step(plan)} To take this plan as it is, add --force.",
             code=plan.verdict,
         )
 

@@ -155,13 +155,26 @@ def cannot_export(case: Case, knowledge: Knowledge) -> Values:
 
 
 def method_changed(case: Case, knowledge: Knowledge) -> Values:
-    """The method asked for is not the one advised."""
-    refused = case.advice.method_refused
-    asked = case.situation.goal.requested_method or case.situation.goal.requested_objective
-    reason = refused.reason if refused else case.advice.decision.refused_request
-    if not asked or not reason:
-        return None
-    return {"asked": asked, "detail": reason}
+    """The method asked for is not the one advised, and may be insisted on."""
+    refusal = _refusal(case)
+    return {"detail": refusal[1]} if refusal and refusal[2] else None
+
+
+def method_impossible(case: Case, knowledge: Knowledge) -> Values:
+    """The method asked for cannot be done, whoever insists."""
+    refusal = _refusal(case)
+    return {"method_asked": refusal[0], "detail": refusal[1]} if refusal and not refusal[2] else None
+
+
+def _refusal(case: Case) -> tuple[str, str, bool] | None:
+    """(method asked for, why it was refused, whether `--force` would do it)."""
+    goal, decision, refused = case.situation.goal, case.advice.decision, case.advice.method_refused
+    if refused is not None and goal.requested_method:
+        soft = not refused.hard and refused.code != "does_not_fit"
+        return goal.requested_method, refused.reason, soft and not case.situation.force
+    if decision.refused_request and goal.requested_objective:
+        return goal.requested_objective, decision.refused_request, decision.can_insist
+    return None
 
 
 def override_out_of_range(case: Case, knowledge: Knowledge) -> Values:
@@ -172,7 +185,7 @@ def override_out_of_range(case: Case, knowledge: Knowledge) -> Values:
 CHECKS = tuple(
     (check.__name__, check)
     for check in (
-        out_of_scope, prompt_baseline_first, method_changed,
+        out_of_scope, prompt_baseline_first, method_changed, method_impossible,
         closed_weights, use_unquantized_base, licence, gated,
         does_not_fit, no_bias_terms, scale_effect, lower_lr_than_sft, reward_hacking, generation_cost,
         merge_before_gguf, quality_loss_low_bit, cannot_export, override_out_of_range,

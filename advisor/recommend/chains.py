@@ -7,6 +7,8 @@ does: choose a tuner or a model.
 
 from __future__ import annotations
 
+import msgspec
+
 from advisor.knowledge import Knowledge
 from advisor.recommend.reasons import because
 from advisor.recommend.situation import Situation, megabytes_of, rows_of, rule
@@ -36,6 +38,8 @@ class Decision(Record, frozen=True, kw_only=True):
     """none_rag, none_prompting or none: what to do instead of training."""
     refused_request: str = ""
     """Why the objective asked for is not the one advised; empty when it is, or none was asked for."""
+    can_insist: bool = False
+    """True when `--force` would train the objective that was refused."""
     rejected: dict[str, str] = {}
     """Objective -> why it is not part of the chain."""
 
@@ -47,8 +51,10 @@ def decide(situation: Situation, knowledge: Knowledge) -> Decision:
     rejected = {o: why_not(o, situation, knowledge) for o in knowledge.objectives if o not in chain}
     asked = situation.goal.requested_objective
     refused = rejected.get(asked, "") if asked and asked not in chain else ""
-    if never_succeeds(situation, knowledge) and asked in (None, "grpo", "rloo"):
+    if _nothing_to_reinforce(situation, knowledge) and asked in (None, "grpo", "rloo"):
         refused = refused or because(knowledge, "objective", "never_succeeds").reason
+    insisting = _chain(msgspec.structs.replace(situation, force=True), knowledge)[0]
+    can_insist = not situation.force and asked in insisting
     if instead is None and not chain:
         instead = ("none_prompting", because(knowledge, "instead", "no_data"))
     if instead is not None and not (situation.force and chain):
@@ -56,20 +62,23 @@ def decide(situation: Situation, knowledge: Knowledge) -> Decision:
         verdict: Verdict = "export_only" if exports else "dont_train_yet"
         return Decision(
             chain=chain, why=instead[1].reason, instead=instead[0], verdict=verdict,
-            refused_request=refused, rejected=rejected,
+            refused_request=refused, can_insist=can_insist, rejected=rejected,
         )  # fmt: skip
     verdict = "change_plan" if refused else "train"
-    return Decision(chain=chain, why=why, verdict=verdict, refused_request=refused, rejected=rejected)
+    return Decision(
+        chain=chain, why=why, verdict=verdict, refused_request=refused, can_insist=can_insist,
+        rejected=rejected,
+    )  # fmt: skip
 
 
 # --- not training --------------------------------------------------------------------------------
 
 
 def _instead_of_training(situation: Situation, knowledge: Knowledge) -> Instead | None:
-    for check in (_out_of_scope, _only_export, _only_text, _changing_facts, _too_few, _no_target):
-        if answer := check(situation, knowledge):
-            return answer
-    return None
+    checks = (
+        _out_of_scope, _no_training_asked, _only_export, _only_text, _changing_facts, _too_few, _no_target,
+    )  # fmt: skip
+    return next((answer for check in checks if (answer := check(situation, knowledge))), None)
 
 
 def _out_of_scope(situation: Situation, knowledge: Knowledge) -> Instead | None:
@@ -78,6 +87,14 @@ def _out_of_scope(situation: Situation, knowledge: Knowledge) -> Instead | None:
         return None
     scope = rule(knowledge, "goals", "scope")[key]
     return "none", because(knowledge, "instead", "out_of_scope", wish=scope["title"], remedy=scope["remedy"])
+
+
+def _no_training_asked(situation: Situation, knowledge: Knowledge) -> Instead | None:
+    asked = situation.goal.requested_method or ""
+    declared = situation.goal.phrases.get(f"asked for {asked}") == "declared"
+    if not (declared and asked.startswith("none")):
+        return None
+    return asked, because(knowledge, "instead", "asked")
 
 
 def _only_export(situation: Situation, knowledge: Knowledge) -> Instead | None:
@@ -206,7 +223,7 @@ def starts_as_policy(situation: Situation) -> bool:
 def _needs_task_first(situation: Situation, knowledge: Knowledge, last: tuple[Objective, ...]) -> bool:
     if not last:
         return situation.goal.requested_objective == "sft" and bool(situation.pairs)
-    if never_succeeds(situation, knowledge):
+    if _nothing_to_reinforce(situation, knowledge):
         return True
     if last[0] in ("orpo", "kto"):
         return False
@@ -221,6 +238,12 @@ def never_succeeds(situation: Situation, knowledge: Knowledge) -> bool:
     low = rule(knowledge, "data", "reinforcement")["pass_rate_low"]
     rates = [d.baseline_pass_rate for d in situation.answered if d.baseline_pass_rate is not None]
     return bool(rates) and max(rates) <= low
+
+
+def _nothing_to_reinforce(situation: Situation, knowledge: Knowledge) -> bool:
+    """True when the start never succeeds and the person does not insist on reinforcement."""
+    insists = situation.force and situation.goal.requested_objective in REINFORCEMENT
+    return never_succeeds(situation, knowledge) and not insists
 
 
 def _text_is_worth(situation: Situation, knowledge: Knowledge) -> bool:

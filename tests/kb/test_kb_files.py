@@ -168,6 +168,7 @@ FIGURES = {
     "needed_gib": 2,
     "available_gib": 3,
     "asked": "lora",
+    "method_asked": "dpo",
     "shorter": 4,
     "needed": 5,
 }

@@ -64,12 +64,37 @@ def test_a_goal_does_not_override_the_data() -> None:
     assert "marks the answers" in rejected(made, "grpo")
 
 
+def test_what_is_insisted_on_is_done_unless_it_is_impossible() -> None:
+    """--force trains a method that was advised against, and is offered only where it would help."""
+    never = rows("prompts_with_answers", 3000, baseline_pass_rate=0.0)
+    advised = plan(never, requested_method="grpo")
+    assert (chain(advised), advised.verdict) == (["sft", "grpo"], "change_plan")
+    assert "method_changed" in codes(advised)
+    forced = plan(never, requested_method="grpo", force=True)
+    assert (chain(forced), forced.verdict) == (["grpo"], "train")
+    assert "needs_nonzero_success" in codes(forced)
+    for force in (False, True):
+        made = plan(rows(), requested_method="full", force=force)
+        assert made.method == "lora"
+        assert "method_impossible" in codes(made)
+        assert "method_changed" not in codes(made)
+
+
+def test_asking_for_retrieval_or_no_training_is_heard() -> None:
+    """Whoever asks for no training gets none, and the plan says that it was asked for."""
+    for asked, method in (("rag", "none_rag"), ("none", "none")):
+        made = plan(rows(), requested_method=asked)
+        assert made.method == method
+        assert not made.stages
+        assert "asked for" in made.summary
+
+
 def test_thumbs_never_become_dpo_even_when_asked() -> None:
     """Unpaired labels go to KTO and the reason says why."""
     made = plan(rows("unpaired_preference", positive_fraction=0.9), requested_method="dpo")
     assert chain(made) == ["kto"]
     assert made.verdict == "change_plan"
-    assert {"unpaired_use_kto", "method_changed"} <= codes(made)
+    assert {"unpaired_use_kto", "method_impossible"} <= codes(made)
     assert "not pairs" in rejected(made, "dpo")
 
 
