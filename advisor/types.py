@@ -32,11 +32,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Band(Record, frozen=True, kw_only=True):
-    """A quantity with its uncertainty; the plan decides on `high`."""
+    """A quantity with its uncertainty; the plan decides on `high`. Bytes are ints, seconds floats."""
 
-    low: float
-    expected: float
-    high: float
+    low: int | float
+    expected: int | float
+    high: int | float
 
 
 class Finding(Record, frozen=True, kw_only=True):

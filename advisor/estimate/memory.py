@@ -107,9 +107,9 @@ def _band(value: int, low: float, high: float, fixed: int) -> Band:
     """Scale what depends on the model; what the device takes by itself keeps its size."""
     moving = value - fixed
     return Band(
-        low=float(round(moving * low) + fixed),
-        expected=float(value),
-        high=float(round(moving * high) + fixed),
+        low=round(moving * low) + fixed,
+        expected=value,
+        high=round(moving * high) + fixed,
     )
 
 

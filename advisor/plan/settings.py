@@ -142,7 +142,8 @@ def _tuner(sheet: Sheet, stage: StageFit, option: Option, advice: Advice, knowle
         if value == "all-linear":
             sheet.say(name, "all_linear", value=value)
         else:
-            sheet.say(name, "tuner_usual", value=value, title=facts.title)
+            key = name if name in knowledge.rules["reasons"]["setting"] else "tuner_usual"
+            sheet.say(name, key, value=value, title=facts.title)
     if not stage.rank:
         return
     rules = rule(knowledge, "settings", "rank")
