@@ -485,6 +485,22 @@ class RecipeModel(Record, frozen=True, kw_only=True):
     """Folder of the stage whose result this one begins with, relative to the run folder."""
 
 
+class Lineage(Record, frozen=True, kw_only=True):
+    """Where a recipe comes from that the supervisor made of another one while it ran."""
+
+    of: tuple[str, ...]
+    """SHA-256 of the recipe files before it, the planned one first; their checkpoints are continued from."""
+    attempt: int
+    """2 for the first derived recipe."""
+    reason: str
+    newest_step: int | None = None
+    """Later checkpoints of theirs are not used; None: all are."""
+    finish: bool = False
+    """The newest usable checkpoint is the result; nothing more is trained."""
+    rates_lowered: int = 0
+    consents: tuple[str, ...] = ()
+
+
 class Recipe(Record, frozen=True, kw_only=True):
     """All that a program needs to train one stage; a person may read, edit and run it again."""
 
@@ -498,6 +514,8 @@ class Recipe(Record, frozen=True, kw_only=True):
     seed: int = 42
     packages: dict[str, str] = {}
     """Versions that were installed when the recipe was written; information, not a constraint."""
+    lineage: Lineage | None = None
+    """Set in a recipe that the supervisor derived during a run; None in a planned one."""
 
 
 class ProgramKey(Record, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ import click
 
 from advisor.cli import options
 from advisor.cli.output import print_json, print_text
+from advisor.run.ladder import CONSENT
 from advisor.run.page import write_page
 from advisor.run.supervisor import run_plan
 from advisor.types import RunReport
@@ -16,11 +17,17 @@ from advisor.types import RunReport
 @click.command()
 @click.argument("folder", type=options.FILE)
 @click.option("--resume", is_flag=True, help="Continue exactly where it stopped.")
+@click.option(
+    "--allow",
+    multiple=True,
+    type=click.Choice(sorted(CONSENT.values())),
+    help="Allow a change that is not made unasked when memory runs out; repeatable.",
+)
 @options.offline
 @options.as_json
-def run(folder: Path, *, resume: bool, offline: bool, as_json: bool) -> None:
+def run(folder: Path, *, resume: bool, allow: tuple[str, ...], offline: bool, as_json: bool) -> None:
     """Train a planned run; Ctrl-C saves a checkpoint and stops, --resume goes on."""
-    report = train(folder, resume=resume, offline=offline, quiet=as_json)
+    report = train(folder, resume=resume, offline=offline, quiet=as_json, allowed=allow)
     if as_json:
         print_json(report)
     else:
@@ -29,14 +36,18 @@ def run(folder: Path, *, resume: bool, offline: bool, as_json: bool) -> None:
         print_text(draw(report), f"Next: ftadvisor export {folder}")
 
 
-def train(folder: Path, *, resume: bool, offline: bool, quiet: bool) -> RunReport:
+def train(
+    folder: Path, *, resume: bool, offline: bool, quiet: bool, allowed: tuple[str, ...] = ()
+) -> RunReport:
     """Run the training of a folder with the live view, or silently; the page is written however it ends."""
     try:
         if quiet:
-            return run_plan(folder, resume=resume, on_event=lambda _: None, offline=offline)
+            return run_plan(folder, resume=resume, on_event=lambda _: None, offline=offline, allowed=allowed)
         from advisor.ui.live import RunView
 
         with RunView(folder) as view:
-            return run_plan(folder, resume=resume, on_event=view.show, offline=offline)
+            return run_plan(
+                folder, resume=resume, on_event=view.show, offline=offline, allowed=allowed, ask=view.ask
+            )
     finally:
         write_page(folder)

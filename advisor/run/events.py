@@ -9,6 +9,7 @@ A number that is not finite (a loss that became NaN) is written as null.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,8 +90,10 @@ def read_events(path: Path) -> Iterator[Event]:
 
 
 def stage_of(recipe_file: str, objective: str) -> str:
-    """Return the stage's name in events: `2-dpo` for recipe-2-dpo.yaml, the objective for recipe.yaml."""
-    return Path(recipe_file).stem.removeprefix("recipe").removeprefix("-") or objective
+    """Return the stage's name in events: `2-dpo` for recipe-2-dpo.yaml, the objective for recipe.yaml; that
+    of a derived recipe, `attempt-2.recipe.yaml`, is the same."""
+    planned = re.sub(r"^attempt-\d+\.", "", Path(recipe_file).stem)
+    return planned.removeprefix("recipe").removeprefix("-") or objective
 
 
 def _decode(line: bytes) -> Event | None:

@@ -54,9 +54,9 @@ def classify(status: int, error: dict[str, Any] | None, log: str) -> AdvisorErro
         )
     if status == -signal.SIGKILL:
         return TrainingError(
-            "The training process was killed from outside; usually by the system when memory runs out.",
-            SMALLER,
-            code="out_of_memory",
+            "The training process was killed from outside: by a person, or by the system for want of memory.",
+            f"Go on with --resume. If it was memory: {SMALLER}",
+            code="killed",
         )
     return TrainingError(
         f"The training program failed ({_ending(status)}): {said.strip() or _last_lines(log)}",

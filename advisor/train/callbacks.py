@@ -30,7 +30,9 @@ TOLD = {
     "kl": "kl",
     "reward": "reward",
     "reward_std": "reward_std",
+    "entropy": "entropy",
     "completions/mean_length": "completion_tokens",
+    "completions/clipped_ratio": "cut_off_share",
 }
 """What the trainers log beside the loss -> its name in a step event."""
 
@@ -53,14 +55,14 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         self._keep = keep_checkpoints
         self._measure = measure
         self._begin = self._begin_tokens = self._begin_step = 0.0
-        self._saving_since = 0.0
+        self._saving_since = self._step_since = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock of this process; a resumed run begins at a later step."""
         self._begin, self._begin_tokens = time.monotonic(), state.num_input_tokens_seen
-        self._begin_step = state.global_step
+        self._begin_step, self._step_since = state.global_step, self._begin
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,35 +80,37 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Write the step event; the trainer logs before it saves, so a broken loss never reaches a
-        checkpoint.
+        """Write the step event; the trainer logs before it saves, so neither a broken loss nor weights that a
+        broken gradient has moved reach a checkpoint.
 
         Raises:
-            TrainingError: the loss is not a finite number.
+            TrainingError: the loss or the gradient is not a finite number.
         """
         if "loss" not in logs:
             return
-        finite = math.isfinite(logs["loss"])
+        broken = _broken(logs, scaled=args.fp16)
         self._events.write(
             "step",
             step=state.global_step,
             total=state.max_steps,
-            loss=logs["loss"] if finite else None,
+            loss=_number(logs["loss"]),
             learning_rate=logs.get("learning_rate"),
             # Answers that all got the same mark have no gradient; that is no fault of a reinforcement run.
             grad_norm=(logs.get("grad_norm") or None) if "reward" in logs else logs.get("grad_norm"),
+            **({"broken": broken} if broken else {}),
             tokens=state.num_input_tokens_seen,
+            step_seconds=round(time.monotonic() - self._step_since, 4),
             **{name: _number(logs[key]) for key, name in TOLD.items() if key in logs},
             **self._pace(state),
             **peak_memory(),
         )
-        if not finite:
+        if broken:
             raise TrainingError(
-                f"The loss at step {state.global_step} is not a finite number.",
+                f"The {broken} at step {state.global_step} is not a finite number.",
                 "Plan again with a lower rate (--set learning_rate=...) or with --set precision=fp32.",
-                code="loss_not_finite",
+                code=f"{broken}_not_finite",
             )
-        self._saving_since = time.monotonic()
+        self._saving_since = self._step_since = time.monotonic()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,7 +118,13 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         """Make the checkpoint complete, drop old ones, and measure the held-out loss."""
         root = Path(args.output_dir)
         folder = root / f"checkpoint-{state.global_step}"
-        size = checkpoints.finish(folder, step=state.global_step, recipe_sha256=self._recipe_sha256)
+        size = checkpoints.finish(
+            folder,
+            step=state.global_step,
+            recipe_sha256=self._recipe_sha256,
+            learning_rate=args.learning_rate,
+            optimizer=str(args.optim.value),
+        )
         checkpoints.rotate(root, keep=self._keep)
         self._events.write(
             "checkpoint",
@@ -125,9 +135,12 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         )
         if not self._stop.asked and state.global_step < state.max_steps:
             found = self._measure()
-            if found.get("loss") is not None:
+            if any(value is not None for value in found.values()):
                 step = state.global_step
                 self._events.write("heldout", when=f"at step {step}", step=step, **found)
+            if found.get("loss") is not None:
+                checkpoints.note_heldout(folder, found["loss"])
+        self._step_since = time.monotonic()
 
     def _pace(self, state: TrainerState) -> dict[str, float | None]:
         elapsed = time.monotonic() - self._begin
@@ -138,6 +151,19 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             "tokens_per_second": round((state.num_input_tokens_seen - self._begin_tokens) / elapsed, 1),
             "seconds_remaining": round(elapsed / done * (state.max_steps - state.global_step), 1),
         }
+
+
+def _broken(logs: dict[str, float], *, scaled: bool) -> str:
+    """Return what is not a finite number, `loss` or `gradient`; empty when all is well.
+
+    Args:
+        logs: of one step.
+        scaled: gradients are scaled for fp16, where the scaler leaves out a step with an infinite one.
+    """
+    if not math.isfinite(logs["loss"]):
+        return "loss"
+    norm = logs.get("grad_norm")
+    return "gradient" if norm is not None and not math.isfinite(norm) and not scaled else ""
 
 
 def _number(value: float) -> float | None:

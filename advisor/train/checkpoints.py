@@ -16,6 +16,7 @@ from advisor.storage import file_sha256, read_record, write_json
 from advisor.types import Record
 
 MARKER = "complete.json"
+HELDOUT = "heldout.json"
 HASHED_BELOW_BYTES = 1 << 20
 """Smaller files are compared by content, larger ones by size only."""
 STEP = re.compile(r"checkpoint-(\d+)")
@@ -34,6 +35,25 @@ class Marker(Record, frozen=True, kw_only=True):
     step: int
     recipe_sha256: str
     files: dict[str, StoredFile]
+    learning_rate: float | None = None
+    """With which it was trained; a resume with another one must say so to the scheduler."""
+    optimizer: str | None = None
+    """Whose state it holds."""
+
+
+class Heldout(Record, frozen=True, kw_only=True):
+    """How good a checkpoint is on rows that are not trained on; written after it is complete."""
+
+    loss: float
+
+
+class Fit(Record, frozen=True, kw_only=True):
+    """Which checkpoints belong to a recipe: its own, and those of the recipes that it was derived from."""
+
+    sha256: str
+    of: tuple[str, ...] = ()
+    newest_step: int | None = None
+    """Later checkpoints of `of` are not used."""
 
 
 class Choice(Record, frozen=True, kw_only=True):
@@ -43,10 +63,21 @@ class Choice(Record, frozen=True, kw_only=True):
     step: int
     rejected: dict[str, str]
     """Folder name -> reason, the newest first."""
+    marker: Marker | None = None
 
 
-def finish(folder: Path, *, step: int, recipe_sha256: str) -> int:
+def finish(
+    folder: Path, *, step: int, recipe_sha256: str, learning_rate: float | None = None,
+    optimizer: str | None = None,
+) -> int:  # fmt: skip
     """Sync all files of a checkpoint to disk, then write its marker.
+
+    Args:
+        folder: as the trainer wrote it.
+        step: the step that it was written after.
+        recipe_sha256: of the recipe file that was trained.
+        learning_rate: of that recipe.
+        optimizer: of that recipe.
 
     Returns:
         The checkpoint's size in bytes.
@@ -61,21 +92,36 @@ def finish(folder: Path, *, step: int, recipe_sha256: str) -> int:
         digest = file_sha256(path) if size < HASHED_BELOW_BYTES else None
         files[path.relative_to(folder).as_posix()] = StoredFile(bytes=size, sha256=digest)
     _sync(folder)
-    write_json(folder / MARKER, Marker(step=step, recipe_sha256=recipe_sha256, files=files))
+    marker = Marker(
+        step=step, recipe_sha256=recipe_sha256, files=files, learning_rate=learning_rate, optimizer=optimizer
+    )
+    write_json(folder / MARKER, marker)
     _sync(folder)
     return sum(one.bytes for one in files.values())
 
 
-def problem(folder: Path, *, recipe_sha256: str) -> str | None:
-    """Return why a checkpoint cannot be used, or None when it can."""
+def note_heldout(folder: Path, loss: float) -> None:
+    """Write down how good a complete checkpoint is.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    write_json(folder / HELDOUT, Heldout(loss=loss))
+
+
+def problem(folder: Path, fit: Fit) -> str | Marker:
+    """Return why a checkpoint cannot be used, or its marker when it can."""
     if not (folder / MARKER).is_file():
         return "it was not finished"
     try:
         marker = read_record(folder / MARKER, Marker)
     except InputError:
         return "its marker is damaged"
-    if marker.recipe_sha256 != recipe_sha256:
+    if marker.recipe_sha256 not in (fit.sha256, *fit.of):
         return "it belongs to another recipe"
+    inherited = marker.recipe_sha256 != fit.sha256
+    if inherited and fit.newest_step is not None and marker.step > fit.newest_step:
+        return "training has gone back behind it"
     for name, stored in marker.files.items():
         path = folder / name
         if not path.is_file():
@@ -84,17 +130,17 @@ def problem(folder: Path, *, recipe_sha256: str) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {stored.bytes}"
         if stored.sha256 is not None and file_sha256(path) != stored.sha256:
             return f"{name} was changed"
-    return None
+    return marker
 
 
-def newest(root: Path, *, recipe_sha256: str) -> Choice:
+def newest(root: Path, fit: Fit) -> Choice:
     """Return the newest checkpoint that is whole, with the newer ones that are not."""
     rejected: dict[str, str] = {}
     for step, folder in sorted(_checkpoints(root), reverse=True):
-        reason = problem(folder, recipe_sha256=recipe_sha256)
-        if reason is None:
-            return Choice(folder=str(folder), step=step, rejected=rejected)
-        rejected[folder.name] = reason
+        found = problem(folder, fit)
+        if isinstance(found, Marker):
+            return Choice(folder=str(folder), step=step, rejected=rejected, marker=found)
+        rejected[folder.name] = found
     return Choice(folder=None, step=0, rejected=rejected)
 
 
@@ -105,17 +151,34 @@ def remove_unusable(root: Path, choice: Choice) -> None:
 
 
 def rotate(root: Path, *, keep: int) -> None:
-    """Keep the newest `keep` checkpoints that have a marker; remove all older folders."""
-    ordered = sorted(_checkpoints(root), reverse=True)
-    marked = [step for step, folder in ordered if (folder / MARKER).is_file()]
-    if len(marked) < keep:
+    """Keep `keep` complete checkpoints and what is newer than the newest of them; remove all others.
+
+    The newest is always kept, to go on from; the one with the lowest held-out loss comes second, to go back
+    to; then the next newest."""
+    marked = [
+        (step, folder)
+        for step, folder in sorted(_checkpoints(root), reverse=True)
+        if (folder / MARKER).is_file()
+    ]
+    if not marked:
         return
-    oldest = marked[keep - 1]
-    for step, folder in ordered:
-        if step < oldest:
+    measured = [(loss, step) for step, folder in marked if (loss := _heldout_loss(folder)) is not None]
+    wanted = dict.fromkeys([marked[0][0], *([min(measured)[1]] if measured else []), *(s for s, _ in marked)])
+    kept = set(list(wanted)[:keep])
+    for step, folder in _checkpoints(root):
+        if step < marked[0][0] and step not in kept:
             # The marker goes first: a removal that is cut short must not leave a folder that looks whole.
             (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder)
+
+
+def _heldout_loss(folder: Path) -> float | None:
+    if not (folder / HELDOUT).is_file():
+        return None
+    try:
+        return read_record(folder / HELDOUT, Heldout).loss
+    except InputError:
+        return None
 
 
 def _checkpoints(root: Path) -> list[tuple[int, Path]]:
@@ -126,7 +189,7 @@ def _checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MARKER, HELDOUT))
 
 
 def _sync(path: Path) -> None:

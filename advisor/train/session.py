@@ -95,6 +95,10 @@ def carry_out(
         measure: returns `loss` on rows that are not trained on, and what else is known of them.
     """
     events, stop = session.events, session.stop
+    begin = checkpoints.newest(CHECKPOINTS, fit_of(session))
+    for name, reason in begin.rejected.items():
+        events.write("warning", message=f"{name} is not used: {reason}.")
+    checkpoints.remove_unusable(CHECKPOINTS, begin)
     size = count(trainer.model)
     events.write(
         "model",
@@ -103,10 +107,6 @@ def carry_out(
         device=str(trainer.args.device),
         **peak_memory(),
     )
-    begin = checkpoints.newest(CHECKPOINTS, recipe_sha256=session.recipe_sha256)
-    for name, reason in begin.rejected.items():
-        events.write("warning", message=f"{name} is not used: {reason}.")
-    checkpoints.remove_unusable(CHECKPOINTS, begin)
     if begin.folder is None:
         events.write("heldout", when="before", step=0, **measure())
     else:
@@ -122,18 +122,60 @@ def carry_out(
             measure=measure,
         )
     )
-    # A checkpoint of the last step needs no more steps, only its weights.
-    if begin.folder is not None and begin.step >= planned_steps(begin.folder):
+    # A checkpoint of the last step, or one that was chosen as the result, needs only its weights.
+    lineage = session.recipe.lineage
+    chosen = lineage is not None and lineage.finish
+    if begin.folder is not None and (chosen or begin.step >= planned_steps(begin.folder)):
         trainer._load_from_checkpoint(begin.folder)
     else:
+        if begin.marker is not None:
+            go_on_changed(trainer, begin.marker, settings)
         trainer.train(resume_from_checkpoint=begin.folder)
         if _asked(stop) and trainer.state.global_step < trainer.state.max_steps:
             events.write("note", message=f"Stopped after step {trainer.state.global_step}.")
             return STOPPED
     place = save_result(trainer, tokenizer, session.recipe, settings, measure=measure)
-    events.write("heldout", when="after", step=trainer.state.max_steps, **place.measured)
+    at = begin.step if chosen else trainer.state.max_steps
+    events.write("heldout", when="after", step=at, **place.measured)
     events.write("done", artefact=place.name, bytes=place.bytes, **peak_memory())
     return DONE
+
+
+def fit_of(session: Session) -> checkpoints.Fit:
+    """Return which checkpoints the recipe of this session may go on from."""
+    lineage = session.recipe.lineage
+    if lineage is None:
+        return checkpoints.Fit(sha256=session.recipe_sha256)
+    return checkpoints.Fit(sha256=session.recipe_sha256, of=lineage.of, newest_step=lineage.newest_step)
+
+
+def go_on_changed(trainer: Any, marker: checkpoints.Marker, settings: Settings) -> None:
+    """Make a trainer go on from a checkpoint with another rate or optimiser than it was trained with.
+
+    By itself it would take the old rate from the checkpoint, and fail on the state of another optimiser.
+    """
+    same_optimizer = marker.optimizer in (None, settings.optimizer)
+    if same_optimizer and marker.learning_rate in (None, settings.learning_rate):
+        return
+    load = trainer._load_optimizer_and_scheduler
+
+    def load_and_change(checkpoint: str | None) -> None:
+        if same_optimizer:
+            load(checkpoint)
+        elif checkpoint is not None:
+            state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+            trainer.lr_scheduler.load_state_dict(state)
+        scheduler = trainer.lr_scheduler
+        scheduler.base_lrs = [settings.learning_rate] * len(scheduler.base_lrs)
+        rates = [
+            base * factor(scheduler.last_epoch)
+            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"], group["lr"] = settings.learning_rate, rate
+        scheduler._last_lr = rates
+
+    trainer._load_optimizer_and_scheduler = load_and_change
 
 
 def _asked(stop: StopRequest) -> bool:

@@ -5,12 +5,15 @@ Goes in: the events of a run, as they come. Comes out: text. Never does: decide.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import questionary
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from advisor.run.policy import Action
 from advisor.ui.console import make_console
 from advisor.units import format_bytes, format_count, format_seconds
 
@@ -54,6 +57,16 @@ class RunView:
             text = describe(event)
             if text:
                 self._console.print(text, markup=False)
+
+    def ask(self, action: Action) -> bool:
+        """Ask whether a change that needs consent may be made; without a terminal, it may not."""
+        if not (self._console.is_terminal and sys.stdin.isatty()):
+            return False
+        self._progress.stop()
+        self._console.print(action.reason, markup=False)
+        allowed = bool(questionary.confirm("Do that and go on?", default=False).ask())
+        self._progress.start()
+        return allowed
 
     def _step(self, event: dict[str, Any]) -> None:
         step, total = int(event["step"]), int(event["total"])

@@ -47,7 +47,7 @@ def test_killed_full_run_resumes_bit_equal(
 
     with pytest.raises(TrainingError) as caught:
         run(folder, on_event=kill_at_five)
-    assert caught.value.code == "out_of_memory"
+    assert caught.value.code == "killed"
     report = read_record(folder / "report.json", RunReport)
     assert report.status == "failed"
     saved_before_the_kill = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from advisor.train import checkpoints
+from advisor.train.checkpoints import Fit
 
 RECIPE = "abc"
 
@@ -49,7 +50,7 @@ def test_the_newest_whole_checkpoint_is_chosen(tmp_path: Path) -> None:
     """By number, not by name or time."""
     for step in (100, 20, 3):
         make(tmp_path, step)
-    choice = checkpoints.newest(tmp_path, recipe_sha256=RECIPE)
+    choice = checkpoints.newest(tmp_path, Fit(sha256=RECIPE))
     assert (Path(choice.folder or "").name, choice.step, choice.rejected) == ("checkpoint-100", 100, {})
 
 
@@ -59,7 +60,7 @@ def test_a_damaged_one_is_passed_over_with_its_reason(tmp_path: Path, name: str)
     make(tmp_path, 4)
     damage, reason = DAMAGES[name]
     damage(make(tmp_path, 8))
-    choice = checkpoints.newest(tmp_path, recipe_sha256=RECIPE)
+    choice = checkpoints.newest(tmp_path, Fit(sha256=RECIPE))
     assert choice.step == 4
     assert list(choice.rejected) == ["checkpoint-8"]
     with pytest.raises(AssertionError, match=reason):
@@ -71,17 +72,17 @@ def test_a_damaged_one_is_passed_over_with_its_reason(tmp_path: Path, name: str)
 def test_another_recipe_does_not_fit(tmp_path: Path) -> None:
     """Settings that changed would be ignored silently by the trainer."""
     make(tmp_path, 4)
-    choice = checkpoints.newest(tmp_path, recipe_sha256="other")
+    choice = checkpoints.newest(tmp_path, Fit(sha256="other"))
     assert choice.folder is None
     assert choice.rejected == {"checkpoint-4": "it belongs to another recipe"}
 
 
 def test_nothing_there_means_from_the_beginning(tmp_path: Path) -> None:
     """Neither a missing folder nor other files are checkpoints."""
-    assert checkpoints.newest(tmp_path / "none", recipe_sha256=RECIPE).folder is None
+    assert checkpoints.newest(tmp_path / "none", Fit(sha256=RECIPE)).folder is None
     (tmp_path / "runs").mkdir()
     (tmp_path / "checkpoint-x").mkdir()
-    assert checkpoints.newest(tmp_path, recipe_sha256=RECIPE).folder is None
+    assert checkpoints.newest(tmp_path, Fit(sha256=RECIPE)).folder is None
 
 
 def test_old_checkpoints_are_removed_only_behind_whole_ones(tmp_path: Path) -> None:
@@ -98,3 +99,26 @@ def test_old_checkpoints_are_removed_only_behind_whole_ones(tmp_path: Path) -> N
     shutil.rmtree(tmp_path / "checkpoint-2")
     checkpoints.rotate(tmp_path, keep=2)
     assert (tmp_path / "checkpoint-3").is_dir()
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    """The newest to go on from, the best to go back to; with room for one, the newest."""
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)):
+        checkpoints.note_heldout(make(tmp_path, step), loss)
+    checkpoints.rotate(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    checkpoints.rotate(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_derived_recipe_goes_on_from_its_forebears(tmp_path: Path) -> None:
+    """Theirs are used up to the step that was gone back to, its own whatever their step."""
+    for step in (4, 8):
+        make(tmp_path, step)
+    fit = Fit(sha256="derived", of=(RECIPE,), newest_step=4)
+    choice = checkpoints.newest(tmp_path, fit)
+    assert choice.step == 4
+    assert choice.rejected == {"checkpoint-8": "training has gone back behind it"}
+    checkpoints.remove_unusable(tmp_path, choice)
+    checkpoints.finish(make(tmp_path, 12, finished=False), step=12, recipe_sha256="derived")
+    assert checkpoints.newest(tmp_path, fit).step == 12

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 import advisor.run.launch
+import advisor.run.machine
 import advisor.run.stages
 import advisor.run.supervisor
 from advisor.errors import (
@@ -30,8 +31,10 @@ from advisor.errors import (
 )
 from advisor.run.events import read_events
 from advisor.run.lock import FolderLock
+from advisor.run.policy import Action
+from advisor.run.supervisor import run_plan
 from advisor.storage import read_record, write_json
-from advisor.types import RunReport
+from advisor.types import Recipe, RunReport
 from cases import A100, plan
 from cases import rows as planned_rows
 from training import make_run, rows, run, write_rows
@@ -134,7 +137,7 @@ def test_the_program_has_no_network_and_a_group_of_its_own(stage: Stage) -> None
         ("say('OutOfMemoryError', None, 'Out of memory.')", TrainingError, "out_of_memory", "ran out of"),
         ("raise MemoryError", TrainingError, "out_of_memory", "memory"),
         ("raise OSError(28, 'No space left on device')", DiskError, "disk", "full"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", TrainingError, "out_of_memory", "from outside"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", TrainingError, "killed", "from outside"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", TrainingError, "training", "SIGSEGV"),
         ("print('the last words'); sys.exit(7)", TrainingError, "training", "the last words"),
     ],
@@ -152,13 +155,193 @@ def test_a_failure_is_named_and_reported(
     assert says in str(stage.report.error)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(stage: Stage) -> None:
-    """The policy's decision is carried out and journalled, even when the program would go on."""
-    folder = stage.program("step(1); step(2, loss=float('nan')); time.sleep(60)")
+LADDER = """
+import yaml
+recipe = yaml.safe_load(Path(sys.argv[1]).read_text())
+SET, ATTEMPT = recipe["settings"], (recipe["lineage"] or {"attempt": 1})["attempt"]
+events.write("model", device="cpu")
+def save(n):
+    events.write("checkpoint", step=n, path=f"checkpoints/checkpoint-{n}", bytes=100)
+def measure(n, loss, when=None):
+    events.write("heldout", when=when or f"at step {n}", step=n, loss=loss)
+def too_big():
+    say("OutOfMemoryError", None, "CUDA out of memory.")
+"""
+
+
+def test_after_running_out_of_memory_the_next_attempt_needs_less(stage: Stage) -> None:
+    """One rung at a time; the derived recipes lie beside the planned one, which stays as it is."""
+    folder = stage.program(LADDER + "step(1); save(1)\nif SET['micro_batch'] > 1: too_big()\nstep(5)")
+    planned = (folder / "recipe.yaml").read_bytes()
+    seen: list[dict[str, Any]] = []
+    report = run(folder, on_event=seen.append)
+    assert report.status == "done"
+    assert [e["changes"] for e in seen if e["event"] == "decision"] == [
+        {"micro_batch": 2},
+        {"micro_batch": 1},
+    ]
+    assert [e["recipe"] for e in seen if e["event"] == "start"] == [
+        "recipe.yaml", "attempt-2.recipe.yaml", "attempt-3.recipe.yaml"
+    ]  # fmt: skip
+    assert (folder / "recipe.yaml").read_bytes() == planned
+    last = read_record(folder / "attempt-3.recipe.yaml", Recipe)
+    assert (last.settings["micro_batch"], last.settings["effective_batch"]) == (1, 8)
+    assert last.lineage is not None
+    assert len(last.lineage.of) == 2
+    assert {e["stage"] for e in seen} == {"sft"}
+
+
+def test_what_needs_consent_is_asked_and_a_resume_may_allow_it(stage: Stage) -> None:
+    """Without an answer the run stops and names the word; with it, or with a yes, rows become shorter."""
+    folder = stage.program(
+        LADDER + "step(1)\nif SET['max_seq_len'] > 300 or SET['micro_batch'] > 1: too_big()\nstep(5)"
+    )
+    recipe = folder / "recipe.yaml"
+    recipe.write_bytes(recipe.read_bytes().replace(b"max_seq_len: 128", b"max_seq_len: 512"))
+    with pytest.raises(TrainingError, match="at most 384") as caught:
+        run(folder)
+    assert "--allow shorter-sequences" in caught.value.remedy
+    asked: list[str] = []
+
+    def no(action: Action) -> bool:
+        asked.append(action.consent)
+        return False
+
+    with pytest.raises(TrainingError):
+        run_plan(folder, resume=True, on_event=lambda _: None, offline=True, ask=no)
+    assert asked == ["shorter-sequences"]
+    allowed = ("shorter-sequences",)
+    report = run_plan(folder, resume=True, on_event=lambda _: None, offline=True, allowed=allowed)
+    assert report.status == "done"
+    newest = sorted(folder.glob("attempt-*"))[-1]
+    assert read_record(newest, Recipe).settings["max_seq_len"] == 288
+
+
+def test_a_broken_loss_goes_back_twice_and_then_stops(stage: Stage) -> None:
+    """Each attempt has a lower rate; the last one ends with an explanation, and all is in the report."""
+    folder = stage.program(LADDER + "step(1); save(1); step(2, loss=float('nan')); time.sleep(60)")
+    with pytest.raises(TrainingError, match="2 times did not help"):
+        run(folder)
+    assert len(stage.report.decisions) == 3
+    last = read_record(folder / "attempt-3.recipe.yaml", Recipe)
+    assert last.settings["learning_rate"] == pytest.approx(5e-3 / 9)
+    assert last.lineage is not None
+    assert last.lineage.newest_step == 1
+
+
+def test_a_rising_heldout_loss_makes_the_best_checkpoint_the_result(stage: Stage) -> None:
+    """The program is started once more, only to save what was best."""
+    folder = stage.program(
+        LADDER
+        + """
+if recipe["lineage"]:
+    assert recipe["lineage"]["finish"] and recipe["lineage"]["newest_step"] == 1
+    Path("model").mkdir()
+    measure(1, 1.0, when="after")
+    sys.exit(0)
+for n, loss in enumerate((1.0, 1.5, 2.0, 3.0), start=1):
+    step(n); save(n); measure(n, loss)
+time.sleep(60)
+"""
+    )
+    report = run(folder)
+    assert (report.status, report.heldout_loss_after) == ("done", 1.0)
+    assert "The checkpoint of step 1 is the result" in report.decisions[0]
+
+
+def test_a_killed_program_steps_down_only_when_the_kernel_counted_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill that the kernel counts is memory; one that it does not was somebody's wish."""
+    body = LADDER + "step(1)\nif SET['micro_batch'] > 2: os.kill(os.getpid(), signal.SIGKILL)\nstep(5)"
+    folder = stage.program(body)
     with pytest.raises(TrainingError) as caught:
         run(folder)
-    assert caught.value.code == "loss_not_finite"
-    assert any("not a finite number" in decision for decision in stage.report.decisions)
+    assert caught.value.code == "killed"
+    counts = iter(range(100))
+    monkeypatch.setattr(advisor.run.machine, "oom_kills", lambda: next(counts))
+    report = run(folder, resume=True)
+    assert report.status == "done"
+    assert "2 instead of 4 rows" in report.decisions[0]
+
+
+def test_an_interrupted_run_is_not_started_again(stage: Stage) -> None:
+    """Who presses Ctrl-C gets the end of the run, whatever the program dies of."""
+    folder = stage.program(
+        LADDER
+        + """
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+step(1)
+while not asked: time.sleep(0.01)
+too_big()
+"""
+    )
+    press: list[int] = []
+
+    def once(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and not press:
+            press.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingError) as caught:
+        run(folder, on_event=once)
+    assert caught.value.code == "out_of_memory"
+    assert not list(folder.glob("attempt-*"))
+
+
+def test_a_resumed_run_goes_on_with_its_derived_recipe(stage: Stage) -> None:
+    """What the supervisor decided before it was killed is not decided again."""
+    folder = stage.program(
+        LADDER
+        + """
+step(1); save(1)
+if SET["micro_batch"] > 2: too_big()
+if not Path("again").exists():
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(5)
+step(5)
+"""
+    )
+    _run_elsewhere(stage, folder).wait()
+    (folder / "again").touch()
+    seen: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            assert run(folder, resume=True, on_event=seen.append).status == "done"
+            break
+        except RefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert [e["recipe"] for e in seen if e["event"] == "start"] == ["attempt-2.recipe.yaml"]
+    (folder / "report.json").unlink()
+    events = folder / "events.jsonl"
+    events.write_bytes(events.read_bytes().replace(b'"status":"done"', b'"status":"failed"'))
+    recipe = folder / "recipe.yaml"
+    recipe.write_bytes(recipe.read_bytes() + b"\n")
+    with pytest.raises(RefusedError, match="was changed since"):
+        run(folder, resume=True)
+
+
+def test_a_cut_line_in_the_events_is_passed_over(stage: Stage) -> None:
+    """A line that a crash cut off costs that line only; the next run closes it and goes on."""
+    folder = stage.program("step(1); save_nothing = 1; sys.exit(1)")
+    with pytest.raises(TrainingError):
+        run(folder)
+    with (folder / "events.jsonl").open("ab") as file:
+        file.write(b'{"time":"2026-01-01T00:00:00Z","stage":"sft","event":"step","st')
+    stage.program("step(2); step(5)")
+    report = run(folder, resume=True)
+    assert (report.status, report.steps) == ("done", 5)
+
+
+def test_a_folder_that_cannot_be_written_is_said(stage: Stage) -> None:
+    """No traceback, no half-written run: the folder and the reason."""
+    folder = stage.program("step(1)")
+    (folder / ".lock").mkdir()
+    with pytest.raises(DiskError, match="Cannot write into"):
+        run(folder)
 
 
 def test_the_first_interrupt_asks_and_the_second_kills(stage: Stage) -> None:
@@ -393,17 +576,7 @@ def test_the_program_ends_with_its_supervisor(stage: Stage) -> None:
         events.write("note", message="stopped well")
         """
     )
-    script = f"""
-import sys
-from pathlib import Path
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import advisor.run.launch, advisor.run.supervisor
-for module in (advisor.run.launch, advisor.run.stages):
-    module.recipes_dir = lambda: Path({str(stage.place / "recipes")!r})
-from training import run
-run(Path({str(folder)!r}))
-"""
-    supervisor = subprocess.Popen([sys.executable, "-c", script])
+    supervisor = _run_elsewhere(stage, folder)
     _wait_for(folder, "step")
     supervisor.kill()
     supervisor.wait()
@@ -416,6 +589,21 @@ run(Path({str(folder)!r}))
         except RefusedError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def _run_elsewhere(stage: Stage, folder: Path) -> subprocess.Popen[bytes]:
+    """Start the supervisor in a process of its own, which may be killed."""
+    script = f"""
+import sys
+from pathlib import Path
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import advisor.run.launch, advisor.run.supervisor
+for module in (advisor.run.launch, advisor.run.stages):
+    module.recipes_dir = lambda: Path({str(stage.place / "recipes")!r})
+from training import run
+run(Path({str(folder)!r}))
+"""
+    return subprocess.Popen([sys.executable, "-c", script])
 
 
 def _wait_for(folder: Path, name: str) -> dict[str, Any]:

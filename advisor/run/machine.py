@@ -1,0 +1,79 @@
+"""What happens to the machine while a training runs: its disk, its clock, the memory of the program.
+
+Goes in: the run folder, the program's process id. Comes out: `machine` events for the policy, what is known
+when the program was killed. Never does: decide; fail, where a figure cannot be read."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from advisor.probe.host import memory
+
+LOOK_EVERY_SECONDS = 2.0
+COUNTERS = (
+    Path("/sys/fs/cgroup/memory.events"),
+    Path("/sys/fs/cgroup/memory/memory.oom_control"),
+    Path("/proc/vmstat"),
+)
+"""Where Linux counts what it killed for want of memory: cgroup 2, cgroup 1, the whole machine."""
+
+
+class MachineWatch:
+    """Looks every two seconds; `look` returns an event when it has."""
+
+    def __init__(self, folder: Path, pid: int) -> None:
+        self._folder, self._pid = folder, pid
+        self._kills = oom_kills()
+        self._ram, _ = memory(Path("/proc"), Path("/sys"))
+        self._held = 0
+        self._wall, self._steady = time.time(), time.monotonic()
+        self._next = self._steady
+
+    def look(self) -> dict[str, Any] | None:
+        """Return free disk space and how long the machine slept since the last look; None in between."""
+        wall, steady = time.time(), time.monotonic()
+        if steady < self._next:
+            return None
+        # The steady clock stands still while the machine sleeps, the other one does not.
+        slept = (wall - self._wall) - (steady - self._steady)
+        self._wall, self._steady, self._next = wall, steady, steady + LOOK_EVERY_SECONDS
+        self._held = max(self._held, resident_bytes(self._pid))
+        return {
+            "event": "machine",
+            "disk_free_bytes": shutil.disk_usage(self._folder).free,
+            "slept_seconds": max(0.0, round(slept, 1)),
+        }
+
+    def at_the_end(self) -> dict[str, Any]:
+        """Return what speaks for or against a kill by the system."""
+        before, now = self._kills, oom_kills()
+        return {
+            "oom_kills": None if before is None or now is None else now - before,
+            "memory_share": self._held / self._ram if self._ram and self._held else None,
+        }
+
+
+def resident_bytes(pid: int) -> int:
+    """Return what a process holds in memory now; 0 when it has ended."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def oom_kills() -> int | None:
+    """Return how many processes the kernel has killed for want of memory; None where it does not count."""
+    for path in COUNTERS:
+        try:
+            found = re.search(r"^oom_kill (\d+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        except OSError:
+            continue
+        if found:
+            return int(found.group(1))
+    return None
