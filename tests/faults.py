@@ -1,8 +1,8 @@
 """Programs that fail on purpose: a shipped training program with one fault put into it.
 
 Goes in: a folder, the program's name, the fault as lines of Python. Comes out: a folder of programs that
-stands in for recipes/. The process, the trainer, the checkpoints and the libraries are the real ones; the shipped code
-has no switch for it. Never does: import torch here.
+stands in for recipes/. The process, the trainer, the checkpoints and the libraries are the real ones; the
+shipped code has no switch for it. Never does: import torch here.
 """
 
 from __future__ import annotations
