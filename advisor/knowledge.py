@@ -19,6 +19,8 @@ from advisor.types import (
     AcceleratorFacts,
     Failure,
     ModelFacts,
+    ModelShape,
+    ModelSpec,
     ObjectiveFacts,
     Quantisation,
     Record,
@@ -73,6 +75,18 @@ def read(*folders: Path) -> Knowledge:
     )
     _check_sources(knowledge)
     return knowledge
+
+
+def spec_of(key: str, facts: ModelFacts) -> ModelSpec:
+    """Return the ModelSpec of one table of kb/models; what says more about a model on disk stays empty."""
+    shared = set(ModelSpec.__struct_fields__) & set(ModelFacts.__struct_fields__)
+    shape = ModelShape(**{name: getattr(facts, name) for name in ModelShape.__struct_fields__})
+    return ModelSpec(
+        id=key,
+        shape=shape,
+        has_chat_template=facts.instruct,
+        **{name: getattr(facts, name) for name in shared},
+    )
 
 
 def _paths(folders: tuple[Path, ...], pattern: str) -> list[Path]:

@@ -28,7 +28,8 @@ def match_accelerator(name: str, memory_bytes: int | None, knowledge: Knowledge)
     """Return the key of the kb/hardware entry that a name means, or None when none does.
 
     Case, dashes, the maker and the words NVIDIA GeForce do not count; a laptop's card stays another card.
-    Three rounds, the strictest first: the whole name; without the form factor (SXM, PCIe); without the
+    Without a memory, a name as kb/ writes it means that entry (`GH200 480GB` counts the processor's memory).
+    Otherwise three rounds, the strictest first: the whole name; without the form factor (SXM, PCIe); without the
     series (`3060` for `RTX 3060`). Entries whose memory agrees go before all others; without that, the bare
     number is not enough. Of several the nearest in memory wins, the smaller when the memory is not known.
 
@@ -37,15 +38,21 @@ def match_accelerator(name: str, memory_bytes: int | None, knowledge: Knowledge)
         memory_bytes: total memory, or None to take what the name says (`A100 80GB`).
         knowledge: the knowledge base.
     """
+    names = [
+        (key, known)
+        for key, facts in knowledge.accelerators.items()
+        for known in (key, facts.name, *facts.aliases)
+    ]
+    if memory_bytes is None:
+        plain = name.strip().casefold()
+        as_written = [key for key, known in names if known.casefold() == plain]
+        if as_written:
+            return min(as_written, key=lambda key: knowledge.accelerators[key].memory_gib)
     card = re.split(r"\bMIG\b", name)[0]
     if memory_bytes is None and (stated := _MEMORY.search(card)):
         memory_bytes = from_gib(float(stated[1]))
     words = _words(card)
-    entries = [
-        (key, _words(known))
-        for key, facts in knowledge.accelerators.items()
-        for known in (key, facts.name, *facts.aliases)
-    ]
+    entries = [(key, _words(known)) for key, known in names]
     fitting = [
         (key, known)
         for key, known in entries

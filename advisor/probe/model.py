@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from advisor.errors import ModelError, nearest
-from advisor.knowledge import Knowledge
+from advisor.knowledge import Knowledge, spec_of
 from advisor.probe import hub
 from advisor.probe.model_config import ConfigFacts, read_config
 from advisor.probe.model_folder import (
@@ -26,7 +26,7 @@ from advisor.probe.model_folder import (
     weight_files,
 )
 from advisor.resources import starter_dir
-from advisor.types import Finding, ModelFacts, ModelShape, ModelSpec
+from advisor.types import Finding, ModelSpec
 
 STARTER = "starter"
 
@@ -76,32 +76,6 @@ def tokenizer_file(spec: ModelSpec) -> Path | None:
         path = Path(spec.path) / "tokenizer.json"
         return path if path.is_file() else None
     return hub.cached_file(spec.id, "tokenizer.json", revision=spec.revision)
-
-
-def spec_of(facts_key: str, facts: ModelFacts) -> ModelSpec:
-    """Return the ModelSpec of one table of kb/models."""
-    shape = ModelShape(**{name: getattr(facts, name) for name in ModelShape.__struct_fields__})
-    return ModelSpec(
-        id=facts_key,
-        family=facts.family,
-        architecture=facts.architecture,
-        model_type=facts.model_type,
-        shape=shape,
-        parameters=facts.parameters,
-        active_parameters=facts.active_parameters,
-        context_tokens=facts.context_tokens,
-        instruct=facts.instruct,
-        licence=facts.licence,
-        commercial=facts.commercial,
-        licence_note=facts.licence_note,
-        gated=facts.gated,
-        languages=facts.languages,
-        has_chat_template=facts.instruct,
-        fp16_safe=facts.fp16_safe,
-        gguf_architecture=facts.gguf_architecture,
-        source=facts.source,
-        verified=facts.verified,
-    )
 
 
 def _quantised(path: Path) -> ModelError:

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from advisor.errors import UnknownNameError
-from advisor.knowledge import Knowledge
+from advisor.knowledge import Knowledge, spec_of
 from advisor.recommend.amount import hours_of
 from advisor.recommend.chains import Decision, decide
 from advisor.recommend.fit import Fit, NoFit, fit, too_large
@@ -28,7 +28,6 @@ from advisor.recommend.gates import (
 from advisor.recommend.reasons import because
 from advisor.recommend.situation import Situation, read_situation, rule
 from advisor.recommend.weigh import prefers_base, weigh_model, weigh_substitute, weigh_tuner
-from advisor.scenario import spec_of
 from advisor.types import Candidate, ModelSpec, Record, Scenario
 from advisor.units import format_bytes, format_seconds
 

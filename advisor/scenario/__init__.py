@@ -11,7 +11,7 @@ import msgspec
 from advisor.knowledge import Knowledge
 from advisor.scenario.entries import DatasetEntry, ScenarioEntry, decode_entry
 from advisor.scenario.hardware import declared_hardware, hardware_of
-from advisor.scenario.models import NamedModel, base_twin, name_model, spec_for, spec_of
+from advisor.scenario.models import NamedModel, base_twin, name_model, spec_for
 from advisor.types import DatasetProfile, Goal, Scenario
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "decode_scenario",
     "name_model",
     "spec_for",
-    "spec_of",
 ]
 
 

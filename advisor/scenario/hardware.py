@@ -10,14 +10,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from advisor.errors import UnknownNameError, UsageError
 from advisor.knowledge import Knowledge
+from advisor.probe.accelerators import match_accelerator
 from advisor.scenario.entries import HardwareEntry, decode_entry
 from advisor.types import Accelerator, AcceleratorFacts, Hardware
 from advisor.units import from_gib
 
-SEPARATORS = str.maketrans("", "", " -_./()")
-"""Characters that do not count in an accelerator's name."""
+STATED = re.compile(r"(\d+(?:\.\d+)?)\s*gi?b\b", re.IGNORECASE)
+"""A size in a name; Apple's memory is that of the whole machine (`M2 16GB`)."""
 
 
 def declared_hardware(given: object, knowledge: Knowledge) -> Hardware:
@@ -56,13 +59,16 @@ def hardware_of(entry: HardwareEntry, knowledge: Knowledge) -> Hardware:
             ram_bytes=ram, ram_free_bytes=ram, origin="declared",
             cpu_cores=entry.cpu_cores or rules["declared"]["cpu_cores"],
         )  # fmt: skip
-    key = _accelerator_key(name, entry.memory_gib, knowledge)
+    size = None if entry.memory_gib is None else from_gib(entry.memory_gib)
+    key = match_accelerator(name, size, knowledge)
     facts = knowledge.accelerators[key] if key else None
     if facts is None and entry.memory_gib is None and not _looks_apple(name, entry, rules):
         names = [f.name for f in knowledge.accelerators.values()]
         raise UnknownNameError(
             "accelerator", name, names, "Give its size: {accelerator: NAME, vendor: nvidia, memory_gib: 24}"
         )
+    if (stated := STATED.search(name)) and _looks_apple(name, entry, rules) and not entry.ram_gib:
+        entry = msgspec.structs.replace(entry, ram_gib=float(stated[1]))
     accelerator = _accelerator(name, entry, key, facts, rules)
     if entry.ram_gib:
         ram = from_gib(entry.ram_gib)
@@ -108,33 +114,3 @@ def _bf16_guess(vendor: str, capability: str | None, rules: Mapping[str, Any]) -
     if vendor == "nvidia" and capability is not None:
         return float(capability) >= float(rules["nvidia"]["bf16_from"])
     return True
-
-
-def _plain(name: str) -> str:
-    text = re.sub(
-        r"\b(nvidia|geforce|amd|radeon|instinct|intel|apple|tesla|quadro|gpu|graphics)\b", " ", name.lower()
-    )
-    text = re.sub(r"(\d+)\s*(gib|gb)\b", r"\1gb", text)
-    return re.sub(r"[^a-z0-9]+", "", text)
-
-
-def _accelerator_key(name: str, memory_gib: float | None, knowledge: Knowledge) -> str | None:
-    """The kb key that a name means: exact or an alias, else the same name with a memory size after it."""
-    wanted = _plain(name)
-    if not wanted:
-        return None
-    exact, longer = [], []
-    for key, facts in knowledge.accelerators.items():
-        for alias in (key, facts.name, *facts.aliases):
-            if wanted not in alias.lower().translate(SEPARATORS):
-                continue
-            plain = _plain(alias)
-            if plain == wanted:
-                exact.append(key)
-            elif re.fullmatch(re.escape(wanted) + r"(\d+gb|sxm\d?|pcie|nvl|sxm\d?\d+gb|\d+gbsxm\d?)+", plain):
-                longer.append(key)
-    found = exact or longer
-    if not found:
-        return None
-    size = memory_gib or 0.0
-    return min(dict.fromkeys(found), key=lambda k: (abs(knowledge.accelerators[k].memory_gib - size), k))

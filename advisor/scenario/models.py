@@ -13,8 +13,8 @@ from typing import Literal
 
 import msgspec
 
-from advisor.knowledge import Knowledge
-from advisor.types import ModelFacts, ModelShape, ModelSpec, Record
+from advisor.knowledge import Knowledge, spec_of
+from advisor.types import ModelSpec, Record
 
 
 class NamedModel(Record, frozen=True, kw_only=True):
@@ -81,7 +81,9 @@ def _known(asked: str, knowledge: Knowledge) -> ModelSpec | None:
         if facts.instruct and short in _base_names(key):
             org = key.rsplit("/", 1)[0] if "/" in key else ""
             plain = asked if "/" in asked or not org else f"{org}/{asked}"
-            return msgspec.structs.replace(spec_of(key, facts), id=plain, instruct=False)
+            return msgspec.structs.replace(
+                spec_of(key, facts), id=plain, instruct=False, has_chat_template=False
+            )
     return None
 
 
@@ -154,22 +156,3 @@ def _by_words(asked: str, knowledge: Knowledge) -> ModelSpec | None:
         return None
     key = max(found)[2]
     return spec_of(key, knowledge.models[key])
-
-
-def spec_of(key: str, facts: ModelFacts) -> ModelSpec:
-    """Return the ModelSpec of one table of kb/models."""
-    return ModelSpec(
-        id=key, family=facts.family, architecture=facts.architecture, model_type=facts.model_type,
-        shape=ModelShape(
-            layers=facts.layers, hidden=facts.hidden, intermediate=facts.intermediate, heads=facts.heads,
-            kv_heads=facts.kv_heads, head_dim=facts.head_dim, vocab=facts.vocab, tied=facts.tied,
-            attention_bias=facts.attention_bias, mlp_bias=facts.mlp_bias,
-            sliding_window=facts.sliding_window, full_attention_layers=facts.full_attention_layers,
-            experts=facts.experts, experts_per_token=facts.experts_per_token,
-        ),
-        parameters=facts.parameters, active_parameters=facts.active_parameters,
-        context_tokens=facts.context_tokens, instruct=facts.instruct, licence=facts.licence,
-        commercial=facts.commercial, licence_note=facts.licence_note, gated=facts.gated,
-        languages=facts.languages, fp16_safe=facts.fp16_safe, gguf_architecture=facts.gguf_architecture,
-        source=facts.source, verified=facts.verified,
-    )  # fmt: skip

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from advisor.errors import ModelError
-from advisor.knowledge import Knowledge, load
-from advisor.probe.model import read_model, spec_of, tokenizer_file
+from advisor.knowledge import Knowledge, load, spec_of
+from advisor.probe.model import read_model, tokenizer_file
 from advisor.resources import kb_dir
 from advisor.types import ModelSpec
 from tiny import CHATML, make_tiny_model

@@ -103,6 +103,22 @@ def test_apple_gives_training_a_share_of_its_memory() -> None:
     assert card.free_bytes < card.memory_bytes
 
 
+@pytest.mark.parametrize(
+    ("given", "key", "gib"),
+    [
+        ("M2 16GB", "apple-m2", 16),
+        ("GH200 480GB", "gh200-96gb", 96),
+        ("4060 ti 16gb", "rtx-4060-ti-16gb", 16),
+        ({"accelerator": "RTX 3080", "memory_gib": 12}, "rtx-3080-12gb", 12),
+        ({"accelerator": "RTX 3060", "memory_gib": 8}, "rtx-3060", 8),
+    ],
+)
+def test_a_stated_memory_tells_cards_of_one_name_apart(given: object, key: str, gib: int) -> None:
+    """A size in the name or beside it picks the card, and Apple's is that of the whole machine."""
+    (found,) = declared_hardware(given, K).accelerators
+    assert (found.kb_id, found.memory_bytes) == (key, gib << 30)
+
+
 def test_an_unknown_accelerator_names_the_nearest() -> None:
     """A typing mistake in a card's name is answered with the card."""
     with pytest.raises(UnknownNameError) as caught:
