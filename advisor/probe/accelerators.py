@@ -29,9 +29,10 @@ def match_accelerator(name: str, memory_bytes: int | None, knowledge: Knowledge)
 
     Case, dashes, the maker and the words NVIDIA GeForce do not count; a laptop's card stays another card.
     Without a memory, a name as kb/ writes it means that entry (`GH200 480GB` counts the processor's memory).
-    Otherwise three rounds, the strictest first: the whole name; without the form factor (SXM, PCIe); without the
-    series (`3060` for `RTX 3060`). Entries whose memory agrees go before all others; without that, the bare
-    number is not enough. Of several the nearest in memory wins, the smaller when the memory is not known.
+    Otherwise three rounds, the strictest first: the whole name; without the form factor (SXM, PCIe);
+    without the series (`3060` for `RTX 3060`). Entries whose memory agrees go before all others; without
+    that, the bare number is not enough. Of several the nearest in memory wins, the smaller when the memory
+    is not known.
 
     Args:
         name: as the driver reports it or a person writes it; a MIG instance counts as its card.
