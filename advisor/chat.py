@@ -81,7 +81,7 @@ class ChatSession:
         if lora is not None:
             self.use_adapters({lora: lora_scale})
         self._render = _formatter(self._model)
-        self._composes = self._model.metadata.get(NORMALISER_KEY) == "NFC"
+        self._normaliser = self._model.metadata.get(NORMALISER_KEY)
         self.messages: list[dict[str, str]] = []
         self.reset()
 
@@ -123,7 +123,7 @@ class ChatSession:
         Raises:
             InputError: the text does not fit into the context, or the template refuses it.
         """
-        asked = unicodedata.normalize("NFC", text) if self._composes else text
+        asked = unicodedata.normalize("NFC", text) if self._normaliser == "NFC" else text
         tokens = self._prompt({"role": "user", "content": asked})
         pieces: list[str] = []
         try:

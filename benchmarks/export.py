@@ -1,6 +1,6 @@
-"""What does an export cost beside the usual chain, and is it right for every family?
+"""What does an export cost beside the usual chain?
 
-`python benchmarks/export.py --llama-cpp DIR [--shape 0.5B] [--matrix]`: DIR holds convert_hf_to_gguf.py, for
+`python benchmarks/export.py --llama-cpp DIR --shape 0.5B`: DIR holds convert_hf_to_gguf.py, for
 example of the source package of the installed llama-cpp-python; the converter also needs sentencepiece.
 Prints tables in Markdown; keep them under benchmarks/results/. The chain: peft merges and saves, the official
 converter writes 16 bits, llama.cpp quantises.
@@ -127,20 +127,8 @@ def chain(
     return total | {"peak": max(step["peak"] for step in steps), "written": float(size(work))}, target
 
 
-def alike(first: Path, second: Path) -> str:
-    """Return how many tensors are the same, byte for byte."""
-    from gguf import GGUFReader
-
-    ours = {tensor.name: tensor for tensor in GGUFReader(first).tensors}
-    theirs = {tensor.name: tensor for tensor in GGUFReader(second).tensors}
-    same = [
-        name for name in ours if name in theirs and ours[name].data.tobytes() == theirs[name].data.tobytes()
-    ]
-    return f"{len(same)}/{len(theirs)}"
-
-
 def compare(shape: str, llama_cpp: Path, work: Path) -> None:
-    """Print the costs of both ways, and how many tensors are alike without an adapter."""
+    """Print the costs of both ways."""
     base, adapter = work / "base", work / "adapter"
     run(MAKE, str(base), str(adapter), json.dumps(SHAPES[shape]), str(ROOT / "tests"))
     print(f"\n## {shape}, adapter of rank 16 on all linear layers\n")
@@ -158,77 +146,17 @@ def compare(shape: str, llama_cpp: Path, work: Path) -> None:
         print(f"| {quant} | share | " + " | ".join(shares) + " |", flush=True)
 
 
-def matrix(llama_cpp: Path, work: Path) -> None:
-    """Print, for every family, what verification measures and how many tensors equal the converter's."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from advisor.errors import AdvisorError
-    from advisor.export import export_model
-    from advisor.verify import verify_gguf
-    from families import FAMILIES, make_family
-
-    quants = ("F32", "F16", "BF16", "Q8_0", "Q4_K_M")
-    print("\n## Families: largest logit difference; all checks passed unless told\n")
-    print("| family | tied | tokenizer | " + " | ".join(quants) + " | F16, BF16, Q8_0 tensors equal |")
-    print("|---" * (len(quants) + 4) + "|")
-    for family in FAMILIES:
-        for tied in (True, False):
-            for spm in (False, True):
-                folder = work / f"{family}-{tied}-{spm}"
-                row = (
-                    f"| {family} | {'yes' if tied else 'no'} | {'SentencePiece' if spm else 'byte-level'} | "
-                )
-                try:
-                    make_family(folder, family, tied=tied, spm=spm)
-                    made = export_model(folder, quants=quants)
-                except AdvisorError as refused:
-                    print(f"{row} refused: {refused.message} |", flush=True)
-                    continue
-                cells = []
-                for file in made.files:
-                    proof = verify_gguf(Path(file.path), against=folder)
-                    delta = next(c.measured.get("max_delta") for c in proof.checks if c.name == "logits")
-                    failed = "" if proof.passed else " FAILED"
-                    cells.append(f"{delta:.2g}{failed}" if delta is not None else "FAILED")
-                cells.append(official(folder, made.files, llama_cpp) if tied and not spm else "")
-                print(row + " | ".join(cells) + " |", flush=True)
-
-
-def official(folder: Path, files: Any, llama_cpp: Path) -> str:
-    """Return how many tensors of three files equal the official converter's."""
-    found = []
-    for file in files:
-        if file.quant in ("F16", "BF16", "Q8_0"):
-            target = folder / f"official-{file.quant}.gguf"
-            try:
-                run(
-                    CONVERT,
-                    str(llama_cpp),
-                    str(folder),
-                    "--outfile",
-                    str(target),
-                    "--outtype",
-                    file.quant.lower(),
-                )
-            except SystemExit as problem:
-                return f"converter: {str(problem).strip().splitlines()[-1][:60]}"
-            found.append(alike(Path(file.path), target))
-    return ", ".join(found)
-
-
 def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--llama-cpp", type=Path, required=True)
-    parser.add_argument("--shape", choices=SHAPES, action="append", default=[])
-    parser.add_argument("--matrix", action="store_true")
+    parser.add_argument("--shape", choices=SHAPES, action="append", required=True)
     given = parser.parse_args()
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     print(f"# Export, {time.strftime('%Y-%m-%d')}\n\n{cpu.partition(': ')[2]}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as place:
         for shape in given.shape:
             compare(shape, given.llama_cpp.resolve(), Path(place, shape))
-        if given.matrix:
-            matrix(given.llama_cpp.resolve(), Path(place))
 
 
 if __name__ == "__main__":

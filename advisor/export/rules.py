@@ -87,6 +87,21 @@ class PreTokenizer(Record, frozen=True, kw_only=True):
     checked: str
 
 
+class TokenizerClass(Record, frozen=True, kw_only=True):
+    """What a tokenizer class of transformers puts in the place of tokenizer.json's own steps."""
+
+    always: tuple[str, ...] = ()
+    """Model types that get this class whatever tokenizer_config.json names."""
+    where_named: tuple[str, ...] = ()
+    """Model types that get it where tokenizer_config.json names it."""
+    byte_fallback: bool
+    """SentencePiece-style; a byte-level tokenizer.json is then left alone."""
+    normalizer: dict[str, Any] | None = None
+    pre_tokenizer: dict[str, Any]
+    source: str
+    checked: str
+
+
 class Quantisations(Record, frozen=True, kw_only=True):
     """Which quantisations are made, and how."""
 
@@ -135,6 +150,7 @@ class Rules(Record, frozen=True, kw_only=True):
     stripping: Stripping
     architectures: dict[str, Architecture]
     pre_tokenizers: dict[str, PreTokenizer]
+    tokenizer_classes: dict[str, TokenizerClass]
 
 
 @functools.cache

@@ -21,6 +21,8 @@ class Pieces(Record, frozen=True, kw_only=True):
 
     add_space_prefix: bool
     """A space is put before every stretch of text between special tokens."""
+    first_space: bool = False
+    """A space is put before the very first stretch alone, which llama.cpp does not do."""
     ranks: dict[str, int]
     """Token -> place of the first merge that makes it."""
 
@@ -49,23 +51,25 @@ def read_pieces(data: dict[str, Any]) -> Pieces | None:
     for rank, merge in enumerate(model["merges"]):
         first, second = merge.split(" ") if isinstance(merge, str) else merge
         ranks.setdefault(first + second, rank)
-    return Pieces(add_space_prefix=_prefix(data.get("normalizer"), data.get("pre_tokenizer")), ranks=ranks)
+    spaces = _spaces(data.get("normalizer"), data.get("pre_tokenizer"))
+    return Pieces(add_space_prefix=spaces == "every", first_space=spaces == "first", ranks=ranks)
 
 
-def _prefix(normaliser: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Return whether each stretch of text gets a space in front."""
+def _spaces(normaliser: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> str:
+    """Return which stretches of text get a space in front: `every`, `first`, or `none`."""
     steps = _described(normaliser, "normalizers") + _described(pre_tokenizer, "pretokenizers")
     known = {
-        ("prepend", "replace"): True,
-        ("replace",): False,
-        ("replace", "split after spaces"): False,
-        ("metaspace never",): False,
+        ("prepend", "replace"): "every",
+        ("replace",): "none",
+        ("replace", "split after spaces"): "none",
+        ("metaspace never",): "none",
+        ("metaspace first",): "first",
     }
     if steps not in known:
         raise ExportError(
             f"The SentencePiece-style tokenizer prepares text by: {', '.join(steps) or 'nothing'}. llama.cpp "
             "puts a space before every stretch of text or before none.",
-            "Save the tokenizer with legacy space handling, or export --to merged.",
+            _REMEDY,
         )
     return known[steps]
 

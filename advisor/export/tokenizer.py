@@ -11,12 +11,14 @@ from typing import Any
 
 import gguf
 import msgspec
+from tokenizers.pre_tokenizers import ByteLevel
 
 from advisor.errors import ExportError, ModelError
 from advisor.export.chat_template import Conversation, end_of_turn, read_template, render, token_text
 from advisor.export.checkpoint import optional_json, read_json
 from advisor.export.rules import rules
 from advisor.export.sentencepiece import read_pieces
+from advisor.export.tokenizer_class import as_loaded
 from advisor.templates import strip_generation_markers
 from advisor.types import Record
 
@@ -24,6 +26,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
     int(getattr(gguf.TokenType, name))
     for name in ("NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "UNUSED", "BYTE")
 )
+SPACE = "space"
+"""A normaliser: a space before a text that does not begin with a special token."""
 _REMEDY = "This tokenizer cannot be a GGUF; export --to merged and run it with transformers or vLLM."
 
 
@@ -53,7 +57,9 @@ class Vocabulary(Record, frozen=True, kw_only=True):
     virtual: int = 0
     """So many of the last tokens stand before every text and are never said."""
     normaliser: str | None = None
-    """What the trained tokenizer does to text first and llama.cpp does not."""
+    """What the trained tokenizer does to text first and llama.cpp does not: NFC, or SPACE."""
+    plain_only: bool = False
+    """Cut alike only where no special token stands in the text and no space before it."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -80,11 +86,14 @@ def read_vocabulary(tokenizer: Path, model: Path, *, rows: int) -> Vocabulary:
             f"{tokenizer} has no tokenizer.json.",
             "Load the tokenizer with transformers and save_pretrained it.",
         )
-    data, settings = read_json(path), optional_json(tokenizer / "tokenizer_config.json")
+    settings = optional_json(tokenizer / "tokenizer_config.json")
+    model_type = str(optional_json(model / "config.json").get("model_type", ""))
+    data = as_loaded(read_json(path), settings, model_type)
     pieces = read_pieces(data)
     pre = _pre_tokenizer(data) if pieces is None else "default"
     normaliser, notes = _normaliser(data.get("normalizer")) if pieces is None else (None, ())
-    tokens, types = _tokens(data, rows, bytewise=pieces is not None)
+    unknown = data["model"].get("unk_token") or token_text(settings, "unk_token") or ""
+    tokens, types = _tokens(data, rows, unknown=None if pieces is None else unknown)
     ids = {text: i for i, text in enumerate(tokens)}
     template = read_template(tokenizer)
     plain = None if template is None else strip_generation_markers(template)
@@ -93,20 +102,24 @@ def read_vocabulary(tokenizer: Path, model: Path, *, rows: int) -> Vocabulary:
     eos = _special(settings, "eos_token", ids)
     end_ids = _end_ids(plain, settings, model, ids, eos)
     add_bos = starts is not None
-    if (
-        add_bos
-        and plain is not None
-        and not render(plain, settings, Conversation.samples()[0]).startswith(str(starts))
-    ):
+    first = "" if plain is None else render(plain, settings, Conversation.samples()[0])
+    if add_bos and plain is not None and not first.startswith(str(starts)):
         add_bos = False
         notes += (f"{starts} is not put before a prompt by itself: the chat template was trained without it",)
+    every, once = (False, False) if pieces is None else (pieces.add_space_prefix, pieces.first_space)
+    if once and plain is not None:
+        normaliser = SPACE
+        plain = f"{{{{ ' ' }}}}{plain}" if needs_space(first, added_texts(data)) else plain
+        notes += ("a raw prompt must begin with a space, which the trained tokenizer put there by itself",)
+    elif once:
+        notes += ("spaces after special tokens are cut differently: the trained tokenizer puts in none",)
     return Vocabulary(
         model="gpt2" if pieces is None else "llama", pre=pre, tokens=tokens, types=types,
         merges=_merges(data) if pieces is None else (),
         scores=() if pieces is None else tuple(map(pieces.score, tokens)),
-        add_space_prefix=pieces is not None and pieces.add_space_prefix,
-        unknown=ids.get(data["model"].get("unk_token") or ""), strips=_strips(data), bos=bos, eos=end_ids[0],
-        pad=_special(settings, "pad_token", ids), eot=_end_slot(end_ids, tokens), end_ids=end_ids,
+        add_space_prefix=every or (once and plain is None), plain_only=once and plain is None,
+        unknown=ids.get(unknown), strips=_strips(data), bos=bos, eos=end_ids[0] if eos is None else eos,
+        pad=_special(settings, "pad_token", ids), eot=_end_slot(end_ids, tokens, eos), end_ids=end_ids,
         add_bos=add_bos, add_eos=ends is not None, chat_template=plain, normaliser=normaliser, notes=notes,
     )  # fmt: skip
 
@@ -134,6 +147,16 @@ def with_virtual_tokens(vocabulary: Vocabulary, count: int) -> Vocabulary:
         virtual=count,
         notes=(*vocabulary.notes, note),
     )
+
+
+def added_texts(data: dict[str, Any]) -> tuple[str, ...]:
+    """Return the texts that tokenizer.json cuts out before anything else."""
+    return tuple(token["content"] for token in data.get("added_tokens", []))
+
+
+def needs_space(text: str, special: tuple[str, ...]) -> bool:
+    """Whether a tokenizer that puts a space before the first stretch of text alone puts one here."""
+    return bool(text) and not text.startswith((" ", *special))
 
 
 def _special(settings: dict[str, Any], name: str, ids: dict[str, int]) -> int | None:
@@ -165,10 +188,11 @@ def _end_ids(
     return tuple(found)
 
 
-def _end_slot(end_ids: tuple[int, ...], tokens: tuple[str, ...]) -> int:
+def _end_slot(end_ids: tuple[int, ...], tokens: tuple[str, ...], eos: int | None) -> int:
     """Return the id for the end-of-turn slot: one that llama.cpp does not know by its text, or the first."""
     known = set(rules().end_tokens.known)
-    strange = [i for i in end_ids[1:] if tokens[i] not in known]
+    named = end_ids[0] if eos is None else eos
+    strange = [i for i in end_ids if tokens[i] not in known and i != named]
     if len(strange) > 1:
         raise ExportError(
             f"The model ends turns with {', '.join(repr(tokens[i]) for i in end_ids)}; a GGUF can name two "
@@ -201,12 +225,15 @@ def _strips(data: dict[str, Any]) -> bool:
     return True
 
 
-def _tokens(data: dict[str, Any], rows: int, *, bytewise: bool) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _tokens(
+    data: dict[str, Any], rows: int, *, unknown: str | None
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return texts and types; `unknown` is given for SentencePiece-style tokenizers alone."""
     vocab: dict[str, int] = data["model"]["vocab"]
     added = data.get("added_tokens", [])
     texts: dict[int, str] = {i: text for text, i in vocab.items()}
     types = dict.fromkeys(texts, NORMAL)
-    if bytewise:
+    if unknown is not None:
         types |= {vocab[f"<0x{value:02X}>"]: BYTE for value in range(256)}
     for token in added:
         strict = [flag for flag in ("single_word", "lstrip") if token.get(flag)]
@@ -217,9 +244,8 @@ def _tokens(data: dict[str, Any], rows: int, *, bytewise: bool) -> tuple[tuple[s
             )
         texts[token["id"]] = token["content"]
         types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
-    unknown = vocab.get(data["model"].get("unk_token") or "")
-    if bytewise and unknown is not None:
-        types[unknown] = UNKNOWN
+    if unknown in vocab:
+        types[vocab[unknown]] = UNKNOWN
     if max(texts) >= rows:
         raise ModelError(
             f"The tokenizer has a token with id {max(texts)}, but the embedding has only {rows} rows.",
@@ -248,6 +274,12 @@ def _pre_tokenizer(data: dict[str, Any]) -> str:
         what = kind if kind != "BPE" else "BPE with " + ", ".join(odd or ["byte fallback"])
         raise ExportError(
             f"The tokenizer is {what}; BPE can be exported here, byte-level or with byte fallback.", _REMEDY
+        )
+    missing = [text for text in ByteLevel.alphabet() if text not in model["vocab"]]
+    if missing:
+        raise ExportError(
+            f"The tokenizer is read as byte-level BPE, but its vocabulary lacks {len(missing)} of 256 bytes.",
+            "Save the tokenizer that the model was trained with; transformers decides by the model's family.",
         )
     steps, pattern = _steps(data.get("pre_tokenizer"))
     for name, facts in rules().pre_tokenizers.items():

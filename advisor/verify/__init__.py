@@ -134,7 +134,9 @@ def _checks(
     on_progress("asking the trained model")
     tied = is_tied(config)
     context = plan_model(config, own_head=not tied).context
-    questions, reference = _reference(trained, rows, probe_texts(rules, vocabulary), context)
+    questions, reference = _reference(
+        trained, rows, probe_texts(rules, vocabulary), vocabulary.normaliser, context
+    )
     plan = plan_model(config, own_head=not tied or _is_untied(reference, Layout.of(config)))
     early = (
         checks.metadata(plan, vocabulary, file),
@@ -169,7 +171,7 @@ def _late(
     tie = 2 * min(float(values["max_delta"] or 0.0) for values in (logits.measured, logits.bound))
     template = file.fields.get("tokenizer.chat_template")
     return (
-        checks.token_ids(questions, reference, answer["token_ids"][:count], vocabulary.normaliser),
+        checks.token_ids(questions, reference, answer["token_ids"][:count]),
         logits,
         checks.greedy_text(reference, answer["greedy"], bounds, tie),
         checks.chat_template(
@@ -187,12 +189,10 @@ def _late(
 def _ask(
     gguf: Path, questions: Questions, reference: Reference, vocabulary: Vocabulary, rules: VerifyRules
 ) -> tuple[dict[str, Any], Arrays]:
-    from advisor.verify.reference import compose
+    from advisor.verify.reference import prepare
 
     rendered = [text for text in reference.rendered if text is not None]
-    texts = [*questions.texts, *rendered]
-    if vocabulary.normaliser is not None:
-        texts = [compose(text) for text in texts]
+    texts = [prepare(text, vocabulary.normaliser, reference.added) for text in (*questions.texts, *rendered)]
     longest = max(len(ids) for ids in (*reference.sequences, *reference.prompts))
     return run_llama(
         {
@@ -220,12 +220,16 @@ def _is_untied(reference: Reference, layout: Layout) -> bool:
 
 
 def _reference(
-    trained: Trained, rows: tuple[Path, ...], texts: tuple[str, ...], context: int
+    trained: Trained,
+    rows: tuple[Path, ...],
+    texts: tuple[str, ...],
+    normaliser: str | None,
+    context: int,
 ) -> tuple[Questions, Reference]:
     """Ask the trained model; the files of one export share its answers."""
     places = (trained.base, trained.adapter, trained.tokenizer, *map(str, rows))
     stamps = tuple(_stamp(Path(place)) for place in places if place is not None)
-    return _asked(trained, rows, texts, context, stamps)
+    return _asked(trained, rows, texts, normaliser, context, stamps)
 
 
 def _stamp(path: Path) -> float:
@@ -235,7 +239,12 @@ def _stamp(path: Path) -> float:
 
 @functools.lru_cache(maxsize=1)
 def _asked(
-    trained: Trained, rows: tuple[Path, ...], texts: tuple[str, ...], context: int, stamps: tuple[float, ...]
+    trained: Trained,
+    rows: tuple[Path, ...],
+    texts: tuple[str, ...],
+    normaliser: str | None,
+    context: int,
+    stamps: tuple[float, ...],
 ) -> tuple[Questions, Reference]:
     from advisor.verify.reference import Questions, load_reference
 
@@ -245,6 +254,7 @@ def _asked(
         conversations=Conversation.samples(),
         rows=tuple(read_conversations(rows)),
         prompts=rules.probe.prompts,
+        normaliser=normaliser,
     )
     samples = msgspec.structs.replace(
         rules.samples,

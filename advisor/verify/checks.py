@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from advisor.export.architecture import ModelPlan
-from advisor.export.tokenizer import CONTROL, Vocabulary
+from advisor.export.tokenizer import CONTROL, SPACE, Vocabulary
 from advisor.types import Check
 from advisor.verify.bounds import LogitBounds
 from advisor.verify.contents import Contents
-from advisor.verify.reference import Questions, Reference, compose
+from advisor.verify.reference import Questions, Reference, prepare
 
 Logits = Sequence[npt.NDArray[np.float32]]
 _USUAL_DEVIATION = 2.0
@@ -28,16 +28,16 @@ def _shown(text: object, limit: int = 60) -> str:
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
-def token_ids(
-    questions: Questions, reference: Reference, got: list[list[int]], normaliser: str | None
-) -> Check:
+def token_ids(questions: Questions, reference: Reference, got: list[list[int]]) -> Check:
     """Compare the token ids of every probe text."""
     pairs = list(zip(questions.texts, reference.token_ids, got, strict=True))
     wrong = [(text, want, have) for text, want, have in pairs if want != have]
     evidence = f"{len(pairs) - len(wrong)} of {len(pairs)} texts give the same token ids"
+    normaliser = questions.normaliser
     if normaliser:
-        raw = sum(text != compose(text) for text in questions.texts)
-        evidence += f"; {raw} of them only because accents were composed first ({normaliser}), as chat does"
+        raw = sum(text != prepare(text, normaliser, reference.added) for text in questions.texts)
+        what = "a space was put in front" if normaliser == SPACE else "accents were composed (NFC)"
+        evidence += f"; {raw} of them only because {what} first, as chat does"
     if wrong:
         text, want, have = wrong[0]
         evidence += f"; first difference {_shown(text)}: trained {_shown(want)}, file {_shown(have)}"

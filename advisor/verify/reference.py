@@ -25,6 +25,7 @@ from advisor.errors import ModelError
 from advisor.export.chat_template import Conversation
 from advisor.export.merged import Layout
 from advisor.export.source import Trained
+from advisor.export.tokenizer import SPACE, needs_space
 from advisor.probe.load import free_cores
 from advisor.verify.bounds import Samples
 
@@ -41,6 +42,8 @@ class Questions:
     """Held-out rows to score."""
     prompts: tuple[str, ...]
     """Questions to continue greedily."""
+    normaliser: str | None = None
+    """What the file expects to have been done to a text before."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,6 +64,8 @@ class Reference:
     special: dict[str, int | None]
     prefix: list[int]
     """Virtual tokens, by the ids that they have in the file."""
+    added: tuple[str, ...]
+    """Texts that the tokenizer cuts out before anything else."""
     weights: dict[str, torch.Tensor]
     deltas: dict[str, Callable[[], torch.Tensor]]
     """Parameter -> what a low-rank adapter adds to it."""
@@ -92,9 +97,12 @@ def load_reference(trained: Trained, questions: Questions, samples: Samples) -> 
         rendered = [_render(tokenizer, conversation) for conversation in questions.conversations]
         weights, deltas, virtual = _weights(model)
         words, prefix = _virtual_tokens(model, virtual)
+        added = tuple(tokenizer.get_added_vocab())
         return Reference(
             token_ids=[_ids(tokenizer, text) for text in questions.texts],
-            rendered=[None if text is None else words + text for text in rendered],
+            rendered=[
+                None if text is None else words + _led(text, questions.normaliser, added) for text in rendered
+            ],
             rendered_ids=[None if text is None else prefix + _ids(tokenizer, text) for text in rendered],
             sequences=sequences,
             logits=logits,
@@ -104,6 +112,7 @@ def load_reference(trained: Trained, questions: Questions, samples: Samples) -> 
             gaps=[gaps for _, gaps in continued],
             special={name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
             prefix=prefix,
+            added=added,
             weights=weights,
             deltas=deltas,
         )
@@ -275,6 +284,11 @@ def _live_ends(base: Any) -> dict[str, torch.Tensor]:
     return {layout.embedding: embedding, layout.head: head}
 
 
-def compose(text: str) -> str:
-    """Return the text with composed accents (NFC)."""
-    return unicodedata.normalize("NFC", text)
+def _led(text: str, normaliser: str | None, added: tuple[str, ...]) -> str:
+    """Return a rendered conversation as the file's template writes it: the first space is said."""
+    return f" {text}" if normaliser == SPACE and needs_space(text, added) else text
+
+
+def prepare(text: str, normaliser: str | None, added: tuple[str, ...]) -> str:
+    """Return a text as an application must give it to the file: accents composed, or a space in front."""
+    return unicodedata.normalize("NFC", text) if normaliser == "NFC" else _led(text, normaliser, added)

@@ -70,6 +70,7 @@ def probe_texts(rules: VerifyRules, vocabulary: Vocabulary) -> tuple[str, ...]:
         for token in special
         for text in (token, f"a{token}b", f"{token}\nHi {token} there", f" {token} ")
     ]
-    return tuple(
-        dict.fromkeys([*rules.probe.texts, *around, *(f" {text}" for text in rules.probe.texts[10:40])])
-    )
+    texts = dict.fromkeys([*rules.probe.texts, *around, *(f" {text}" for text in rules.probe.texts[10:40])])
+    if not vocabulary.plain_only:
+        return tuple(texts)
+    return tuple(t for t in texts if t[:1] != " " and not any(token in t for token in special))

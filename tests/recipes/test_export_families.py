@@ -48,6 +48,23 @@ def test_family_answers_as_trained(made: dict[str, Path], name: str, tmp_path: P
     assert float(logits.measured["max_delta"] or 1) < (1e-2 if gelu else 1e-4)
 
 
+def test_space_before_the_first_words_alone(tmp_path: Path) -> None:
+    """Llama's tokenizer class puts a space before a conversation but not after its special tokens."""
+    folder = make_family(tmp_path / "model", "llama", spm=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "tokenizer_class": "LlamaTokenizer"})
+    )
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    file = export_model(folder, quants=("F32",)).files[0]
+    proof = verify_gguf(Path(file.path), against=folder)
+    assert proof.passed, [check.evidence for check in proof.checks if not check.passed]
+    assert "a space was put in front" in proof.checks[0].evidence
+
+
 def test_four_bits_of_wide_norms_and_transposed_weights(made: dict[str, Path], tmp_path: Path) -> None:
     """GPT-2's transposed weights survive four bits, its positions stay exact."""
     file = export_model(made["gpt2"], quants=("Q4_K_M",), out=tmp_path).files[0]

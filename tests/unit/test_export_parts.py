@@ -23,6 +23,7 @@ from advisor.export.files import complete_file, complete_folder, need_space
 from advisor.export.modelfile import modelfile
 from advisor.export.rules import checked_quants, rules
 from advisor.export.tokenizer import CONTROL, UNUSED, USER_DEFINED, read_vocabulary
+from families import write_pieces
 from tiny import CHATML, make_tiny_model
 
 SETTINGS = {"eos_token": "<|im_end|>"}
@@ -130,7 +131,8 @@ def test_end_of_turn_wins_over_eos(folder: Path) -> None:
     """A tokenizer that names another end than the template trains does not change what ends a turn."""
     _edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
     found = read_vocabulary(folder, folder, rows=512)
-    assert found.end_texts[0] == "<|im_end|>"
+    assert found.tokens[found.eot] == found.end_texts[0] == "<|im_end|>"
+    assert found.tokens[found.eos] == "<|endoftext|>"
     assert "<|endoftext|>" in found.end_texts
 
 
@@ -184,6 +186,39 @@ def test_what_llama_cpp_cannot_tokenise_is_refused(folder: Path) -> None:
         (folder / "tokenizer.json").write_text(json.dumps({**original, **changes}), encoding="utf-8")
         with pytest.raises(ExportError, match=told):
             read_vocabulary(folder, folder, rows=512)
+
+
+def test_tokenizer_is_what_its_class_makes_of_it(tmp_path: Path) -> None:
+    """Where transformers builds a tokenizer anew, that is what was trained: file and folder agree with it."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    write_pieces(folder, vocab=640, prefix=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert read_vocabulary(folder, folder, rows=640).add_space_prefix
+    _edit(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    found = read_vocabulary(folder, folder, rows=640)
+    assert (found.add_space_prefix, found.normaliser) == (False, "space")
+    assert str(found.chat_template).startswith("{%- for message")
+    (folder / "chat_template.jinja").write_text("User: {{ messages[0]['content'] }}{{ eos_token }}")
+    assert str(read_vocabulary(folder, folder, rows=640).chat_template).startswith("{{ ' ' }}User")
+    (folder / "chat_template.jinja").unlink()
+    raw = read_vocabulary(folder, folder, rows=640)
+    assert (raw.add_space_prefix, raw.normaliser, raw.plain_only) == (True, None, True)
+    _edit(folder / "tokenizer_config.json", legacy=True)
+    with pytest.raises(ExportError, match="metaspace always"):
+        read_vocabulary(folder, folder, rows=640)
+
+
+def test_family_decides_over_the_pattern(tmp_path: Path) -> None:
+    """Every Qwen2 model is cut by Qwen2's pattern, because transformers does so whatever the file says."""
+    folder = make_tiny_model(tmp_path / "qwen2", tokenizer="llama3")
+    assert read_vocabulary(folder, folder, rows=512).pre == "llama-bpe"
+    _edit(folder / "config.json", model_type="qwen2")
+    found = read_vocabulary(folder, folder, rows=512)
+    assert (found.pre, found.normaliser) == ("qwen2", "NFC")
+    write_pieces(folder, vocab=640, prefix=True)
+    with pytest.raises(ExportError, match="of 256 bytes"):
+        read_vocabulary(folder, folder, rows=640)
 
 
 def test_added_plain_token_is_user_defined(folder: Path) -> None:
