@@ -26,6 +26,13 @@ MEMORY_KEYS = {
     "num_generations": "generations", "virtual_tokens": "virtual_tokens", "bottleneck": "bottleneck",
 }  # fmt: skip
 """Setting -> field of MemorySettings."""
+MAY_BE_ZERO = frozenset(
+    {
+        "heldout_fraction", "warmup_ratio", "weight_decay", "lora_dropout", "label_smoothing", "beta",
+        "kl_beta", "sft_loss_weight", "replay_fraction", "gamma_beta_ratio",
+    }
+)  # fmt: skip
+"""Where zero means `none of it`; any other number must be positive."""
 
 
 def check_names(overrides: Mapping[str, Value], sheets: Mapping[str, Sheet]) -> None:
@@ -79,7 +86,7 @@ def _same_kind(name: str, value: Value, advised: Value) -> Value:
         if (
             isinstance(value, int | float)
             and value == value
-            and (value > 0 or (name == "max_steps" and value == -1) or not advised)
+            and (value > 0 or (name == "max_steps" and value == -1) or (value == 0 and name in MAY_BE_ZERO))
         ):
             if isinstance(advised, int) and name != "epochs" and float(value).is_integer():
                 return int(value)

@@ -139,9 +139,10 @@ def test_qlora_on_cpu_from_alpaca_rows_to_an_answer(tmp_path: Path) -> None:
     report = json.loads(ftadvisor("run", "run", "--json", cwd=tmp_path).stdout)
     assert report["steps"] == 6
     assert report["last_loss"] < report["first_loss"]
-    exported = json.loads(ftadvisor("export", "run", "--quant", "Q8_0", "--json", cwd=tmp_path).stdout)
+    exported = json.loads(ftadvisor("export", "run", "--json", cwd=tmp_path).stdout)
     assert exported["ok"] is True
     (file,) = exported["export"]["files"]
+    assert plan["export"]["quant"] in file["path"], "the planned quantisation, unless told otherwise"
     said = json.loads(
         ftadvisor("chat", file["path"], "--prompt", "Add 3 and 1.", "--json", cwd=tmp_path).stdout
     )

@@ -25,6 +25,20 @@ def estimate(model: ModelSpec = LLAMA_1B, **settings: Any) -> MemoryEstimate:
     return estimate_memory(model, MemorySettings(**settings), RULES)
 
 
+def test_row_lengths_keep_kernels_on_a_processor() -> None:
+    """Each further row length costs the processor kernels of its own in bf16, up to a limit; a GPU none."""
+
+    def kernels(**settings: Any) -> int:
+        parts = estimate(**settings).parts
+        return next((part.bytes for part in parts if part.name == "kernels"), 0)
+
+    short, long = (kernels(device="cpu", precision="bf16", seq_len=n) for n in (64, 2048))
+    assert 0 <= short < long
+    assert kernels(device="cpu", precision="bf16", seq_len=100_000) < 4 * long
+    assert kernels(device="cpu", precision="fp32", seq_len=2048) == 0
+    assert kernels(device="cuda", precision="bf16", seq_len=2048) == 0
+
+
 SETTINGS = st.builds(
     MemorySettings,
     tuner=st.sampled_from(

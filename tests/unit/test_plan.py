@@ -142,6 +142,21 @@ def test_flaws_of_the_data(change: dict[str, object], code: str, verdict: str) -
     assert chain(made) == ["sft"]
 
 
+def test_rows_set_aside_settle_the_warning_about_them() -> None:
+    """Who has no held-out rows is told that the plan sets some aside; where it does not, the risk is open."""
+    found = {w.code: w.handled for w in plan(rows("chat", holdout_rows=0)).warnings}
+    assert found["no_holdout"] is True
+    without = plan(rows("chat", holdout_rows=0), overrides={"heldout_fraction": 0.0})
+    assert {w.code: w.handled for w in without.warnings}["no_holdout"] is False
+
+
+def test_minutes_on_a_processor_are_not_called_slow() -> None:
+    """A tiny model on few rows is done before the warning could be read."""
+    few = plan(rows(count=60), hardware=CPU, model="HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert few.stages
+    assert "slow" not in codes(few)
+
+
 def test_tool_calls_need_their_tools() -> None:
     """Rows that call tools nobody described teach calling blindly."""
     made = plan(rows("tool_calling", has_tools_column=False))

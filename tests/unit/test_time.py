@@ -44,10 +44,11 @@ def seconds(
         (1000, 1, 16, -1, 63),
         (0, 1, 16, None, 0),
         (0, 1, 16, 50, 0),
+        (100, 1, 16, 50, 50),
     ],
 )
 def test_steps(rows: int, epochs: float, batch: int, limit: int | None, steps: int) -> None:
-    """Batches are rounded up in every epoch; max_steps only ever shortens."""
+    """Batches are rounded up in every epoch; max_steps counts, whatever the epochs say."""
     assert seconds(rows=rows, epochs=epochs, effective_batch=batch, max_steps=limit).steps == steps
 
 
