@@ -541,6 +541,70 @@ class Program(Record, frozen=True, kw_only=True):
 # --- run, export, verification -------------------------------------------------------------------
 
 
+class StepProbe(Record, frozen=True, kw_only=True):
+    """What a few real steps took before a training: measured on its own device, at its longest rows."""
+
+    stage: str
+    fits: bool
+    reason: str = ""
+    """Why it does not fit."""
+    smaller: dict[str, Value] = {}
+    """The next best settings, where it does not fit and there are any."""
+    predicted_peak_bytes: Band | None = None
+    measured_peak_bytes: int | None = None
+    available_bytes: int = 0
+    predicted_seconds: Band | None = None
+    seconds: float | None = None
+    """Of the whole training, worked out of the steps that were measured; saving is not counted."""
+    seconds_per_step: float | None = None
+    cpu_seconds: float | None = None
+    cpu_seconds_per_step: float | None = None
+    ready_seconds: float | None = None
+    """Until the libraries, the data and the model are loaded."""
+    reference_seconds: float | None = None
+    evaluation_seconds: float | None = None
+    """Of one evaluation on all held-out rows."""
+    steps_planned: int = 0
+    steps_measured: int = 0
+    longest_tokens: int = 0
+
+
+class MatrixBench(Record, frozen=True, kw_only=True):
+    """What the device reached for a moment: matrix products and copies, measured by `probe --bench`."""
+
+    device: str
+    threads: int = 0
+    """Of the processor; 0 on an accelerator."""
+    flops: dict[str, float]
+    """Floating-point operations a second, by precision."""
+    copy_bytes_per_second: float
+    """Bytes read plus bytes written."""
+    seconds: float
+
+
+class Observation(Record, frozen=True, kw_only=True):
+    """One line of the local calibration file: what was predicted, and what was measured then."""
+
+    version: int = 1
+    time: str
+    kind: Literal["run", "probe", "bench"]
+    device: str
+    cpu_cores: int
+    packages: dict[str, str] = {}
+    model: str = ""
+    objective: str = ""
+    tuner: str = ""
+    settings: dict[str, Value] = {}
+    steps: int = 0
+    predicted_peak_bytes: Band | None = None
+    measured_peak_bytes: int | None = None
+    predicted_seconds: Band | None = None
+    measured_seconds: float | None = None
+    probed_seconds: float | None = None
+    """What the probe said before the run."""
+    bench: MatrixBench | None = None
+
+
 class RunReport(Record, frozen=True, kw_only=True):
     """What happened: report.json (schema ftadvisor.report/1)."""
 
@@ -555,8 +619,12 @@ class RunReport(Record, frozen=True, kw_only=True):
     seconds: float
     predicted_seconds: Band | None = None
     """Of the whole run, by the plan."""
+    probed_seconds: float | None = None
+    """Of the whole run, by the steps that were measured before it."""
     predicted_peak_bytes: Band | None
     measured_peak_bytes: int | None
+    probed_peak_bytes: int | None = None
+    """At the longest rows, measured before the first step."""
     tokens_per_second: float | None
     first_loss: float | None
     last_loss: float | None

@@ -22,6 +22,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(BLOCK), os.environ.
 os.environ["NO_COLOR"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["FTADVISOR_CALIBRATION"] = ""  # tests leave nothing in anyone's home
 for name in ("FTADVISOR_KB", "HF_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(name, None)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)

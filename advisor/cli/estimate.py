@@ -10,10 +10,12 @@ import msgspec
 from advisor.cli import options
 from advisor.cli.output import print_json, print_text
 from advisor.errors import UnknownNameError, UsageError
+from advisor.estimate.calibrate import ErrorSummary, summarise
 from advisor.estimate.memory import estimate_memory
 from advisor.estimate.time import estimate_time
 from advisor.intake import hardware_of, model_spec, own_cache_dir
 from advisor.knowledge import Knowledge, load
+from advisor.probe.calibration import calibration_file, observations
 from advisor.types import Band, Hardware, MemoryEstimate, MemorySettings, ModelSpec, Part
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -36,6 +38,15 @@ class EstimateAnswer(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     seconds_per_step: Band | None
     notes: tuple[str, ...]
+
+
+class CalibrationAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of `estimate --calibration --json`."""
+
+    schema: str = "ftadvisor.calibration/1"
+    ok: bool = True
+    file: str | None
+    errors: tuple[ErrorSummary, ...]
 
 
 @click.command()
@@ -69,6 +80,11 @@ class EstimateAnswer(msgspec.Struct, frozen=True, kw_only=True):
     show_default=True,
     help="trace: run the installed libraries on tensors without data.",
 )
+@click.option(
+    "--calibration",
+    is_flag=True,
+    help="Show instead how far earlier predictions on this computer were from what was measured.",
+)
 @options.hardware
 @options.offline
 @options.as_json
@@ -76,6 +92,7 @@ def estimate(
     model: str,
     method: str,
     *,
+    calibration: bool,
     precision: Precision,
     engine: str,
     hardware: str | None,
@@ -84,6 +101,9 @@ def estimate(
     **step: Any,
 ) -> None:
     """Predict the memory and time of one training step; a config.json is enough, no weights are read."""
+    if calibration:
+        _calibration(as_json=as_json)
+        return
     knowledge = load()
     inputs = options.inputs_of(model=model, hardware=hardware, offline=offline)
     spec = model_spec(inputs, knowledge)
@@ -121,6 +141,19 @@ def estimate(
     from advisor.ui.render import estimate as draw
 
     print_text(draw(spec, found, speed))
+
+
+def _calibration(*, as_json: bool) -> None:
+    """Show the errors of what was predicted here, and where they are kept."""
+    place = calibration_file()
+    errors = summarise(observations())
+    if as_json:
+        print_json(CalibrationAnswer(file=str(place) if place else None, errors=errors))
+        return
+    from advisor.ui.measured import calibration as draw
+
+    kept = f"Kept in {place}: delete it to forget, copy it to share. Nothing is sent." if place else ""
+    print_text(draw(errors), kept or "Nothing is kept: FTADVISOR_CALIBRATION is empty.")
 
 
 def _require_known(settings: MemorySettings, knowledge: Knowledge) -> None:

@@ -23,11 +23,18 @@ from advisor.types import RunReport
     type=click.Choice(sorted(CONSENT.values())),
     help="Allow a change that is not made unasked when memory runs out; repeatable.",
 )
+@click.option(
+    "--probe/--no-probe",
+    default=None,
+    help="Try a few real steps first; otherwise only where memory is scarce or it takes long.",
+)
 @options.offline
 @options.as_json
-def run(folder: Path, *, resume: bool, allow: tuple[str, ...], offline: bool, as_json: bool) -> None:
+def run(
+    folder: Path, *, resume: bool, allow: tuple[str, ...], probe: bool | None, offline: bool, as_json: bool
+) -> None:
     """Train a planned run; Ctrl-C saves a checkpoint and stops, --resume goes on."""
-    report = train(folder, resume=resume, offline=offline, quiet=as_json, allowed=allow)
+    report = train(folder, resume=resume, offline=offline, quiet=as_json, allowed=allow, probe=probe)
     if as_json:
         print_json(report)
     else:
@@ -37,17 +44,21 @@ def run(folder: Path, *, resume: bool, allow: tuple[str, ...], offline: bool, as
 
 
 def train(
-    folder: Path, *, resume: bool, offline: bool, quiet: bool, allowed: tuple[str, ...] = ()
-) -> RunReport:
+    folder: Path, *, resume: bool, offline: bool, quiet: bool, allowed: tuple[str, ...] = (),
+    probe: bool | None = None,
+) -> RunReport:  # fmt: skip
     """Run the training of a folder with the live view, or silently; the page is written however it ends."""
     try:
         if quiet:
-            return run_plan(folder, resume=resume, on_event=lambda _: None, offline=offline, allowed=allowed)
+            return run_plan(
+                folder, resume=resume, on_event=lambda _: None, offline=offline, allowed=allowed, probe=probe
+            )
         from advisor.ui.live import RunView
 
         with RunView(folder) as view:
             return run_plan(
-                folder, resume=resume, on_event=view.show, offline=offline, allowed=allowed, ask=view.ask
-            )
+                folder, resume=resume, on_event=view.show, offline=offline, allowed=allowed, ask=view.ask,
+                probe=probe,
+            )  # fmt: skip
     finally:
         write_page(folder)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -59,14 +60,23 @@ def require_installed(names: tuple[str, ...]) -> None:
             raise MissingPackageError(name, "train")
 
 
-def start_program(folder: Path, recipe_file: Path, program: str, *, lock: int) -> subprocess.Popen[bytes]:
+def start_program(
+    folder: Path,
+    recipe_file: Path,
+    program: str,
+    *,
+    lock: int | None,
+    variables: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
     """Start recipes/<program>/train.py on a recipe, in its own process group, with its output in train.log.
 
     Args:
         folder: run folder, the program's working folder.
         recipe_file: inside the folder.
         program: a folder under recipes/.
-        lock: descriptor of the folder's lock, which the program keeps open as long as it lives.
+        lock: descriptor of the folder's lock, which the program keeps open as long as it lives; None for a
+            folder that nobody else uses.
+        variables: more of the environment.
 
     Raises:
         DiskError: train.log cannot be written.
@@ -82,12 +92,12 @@ def start_program(folder: Path, recipe_file: Path, program: str, *, lock: int) -
         return subprocess.Popen(
             [sys.executable, "-P", str(script), recipe_file.name],
             cwd=folder,
-            env=_environment(),
+            env={**_environment(), **(variables or {})},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             process_group=0,
-            pass_fds=(lock,),
+            pass_fds=() if lock is None else (lock,),
         )
 
 

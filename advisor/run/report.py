@@ -44,6 +44,8 @@ def build_report(
     losses = {int(event["step"]): event.get("loss") for event in steps}
     heldout = {event.get("when"): event.get("loss") for event in seen if event["event"] == "heldout"}
     peaks = [int(event["memory_bytes"]) for event in seen if event.get("memory_bytes")]
+    probes = [event for event in seen if event["event"] == "probe"]
+    probe: dict[str, Any] = probes[-1] if probes else {}
     return RunReport(
         ok=status == "done",
         status=status,
@@ -54,8 +56,10 @@ def build_report(
         steps_planned=int(last.get("total", 0)),
         seconds=sum(float(event["seconds"]) for event in seen if event["event"] == "end"),
         predicted_seconds=estimate.seconds if estimate else None,
+        probed_seconds=probe.get("seconds"),
         predicted_peak_bytes=estimate.peak_bytes if estimate else None,
         measured_peak_bytes=max(peaks, default=None),
+        probed_peak_bytes=probe.get("measured_peak_bytes"),
         tokens_per_second=last.get("tokens_per_second"),
         first_loss=losses.get(1),
         last_loss=last.get("loss"),

@@ -69,6 +69,22 @@ def read_jobs(folder: Path) -> tuple[Job, ...]:
     )
 
 
+def read_job(place: Path) -> Job:
+    """Read one recipe: the file itself, or the first of a run folder.
+
+    Raises:
+        InputError, UsageError, RefusedError: as `read_jobs`.
+    """
+    if place.is_dir():
+        return read_jobs(place)[0]
+    if not place.is_file():
+        raise InputError(f"There is no recipe {place}.", "Give a run folder, or a recipe.yaml in one.")
+    jobs = read_jobs(place.parent)
+    return next((job for job in jobs if job.recipe_file == place.name), None) or _job(
+        place.parent, place, None, last=True
+    )
+
+
 def _number(file: Path) -> int:
     match = NUMBERED.match(file.name)
     return int(match.group(1)) if match else 0

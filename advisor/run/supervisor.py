@@ -13,6 +13,7 @@ from pathlib import Path
 
 from advisor.errors import AdvisorError, InterruptedRunError, RefusedError
 from advisor.knowledge import load
+from advisor.probe.calibration import remember
 from advisor.probe.software import installed_packages
 from advisor.run.attempts import Attempt, derive, newest_attempt
 from advisor.run.checks import check_data, check_disk, drift, fetch_model
@@ -21,6 +22,8 @@ from advisor.run.follow import Ask, Follower, OnEvent, begin, end_group
 from advisor.run.ladder import Trainee
 from advisor.run.launch import require_packages, start_program
 from advisor.run.lock import FolderLock
+from advisor.run.observe import observed
+from advisor.run.probe_steps import probe_first
 from advisor.run.report import Status, build_report
 from advisor.run.signs import RunState
 from advisor.run.stages import EVENTS, REPORT, Job, got_worse, is_done, is_put_away, put_away, read_jobs
@@ -38,11 +41,13 @@ class How(Record, frozen=True, kw_only=True):
     offline: bool
     allowed: tuple[str, ...] = ()
     """Words of `run --allow`: what may be changed that is not changed unasked."""
+    probe: bool | None = None
+    """Try a few real steps first; None: where memory is scarce or the training is long."""
 
 
 def run_plan(
     folder: Path, *, resume: bool, on_event: OnEvent, offline: bool, allowed: tuple[str, ...] = (),
-    ask: Ask = lambda _: False,
+    ask: Ask = lambda _: False, probe: bool | None = None,
 ) -> RunReport:  # fmt: skip
     """Train what a run folder plans, in a process of its own.
 
@@ -53,6 +58,7 @@ def run_plan(
         offline: do not fetch a model that is not on this machine.
         allowed: what a person allows beforehand, as `shorter-sequences`.
         ask: asks a person whether something may be changed; without one, nothing is.
+        probe: try a few real steps first; None: where memory is scarce or the training is long.
 
     Returns:
         The report, which also lies in report.json. A finished run returns its report again under `resume`.
@@ -64,7 +70,7 @@ def run_plan(
         InterruptedRunError: a person stopped it.
     """
     jobs = read_jobs(folder)
-    how = How(resume=resume, offline=offline, allowed=allowed)
+    how = How(resume=resume, offline=offline, allowed=allowed, probe=probe)
     with FolderLock(folder) as lock:
         finished = _finished(folder, resume=resume)
         if finished is not None:
@@ -88,7 +94,6 @@ def _run_stage(job: Job, how: How, *, lock: FolderLock, on_event: OnEvent, ask: 
         reader = EventReader(folder / EVENTS, from_end=True)
         rules = thresholds_of(load().rules["policy"])
         follower = Follower(folder, events, reader, rules, on_event=on_event, ask=ask)
-        started = time.monotonic()
         warnings = drift(job, data)
 
         def told(attempt: Attempt, pid: int) -> None:
@@ -101,7 +106,12 @@ def _run_stage(job: Job, how: How, *, lock: FolderLock, on_event: OnEvent, ask: 
             while warnings:
                 events.write("warning", message=warnings.pop(0))
 
-        error = _attempts(job, how, follower, rules, lock=lock, told=told)
+        attempt = newest_attempt(job)
+        start = (attempt, _first_state(job, attempt, how, rules))
+        if not _began(job):
+            start = probe_first(job, start, rules, events, on_event, wanted=how.probe)
+        started = time.monotonic()
+        error = _attempts(job, start, follower, lock=lock, told=told)
         status = _status(error)
         report = _report(job, status=status, error=error)
         if status == "done" and (words := got_worse(report)):
@@ -110,6 +120,8 @@ def _run_stage(job: Job, how: How, *, lock: FolderLock, on_event: OnEvent, ask: 
         for event in reader.new_events():
             on_event(event)
         report = _report(job, status=status, error=error)
+        if status == "done":
+            remember(observed(job, report))
         if error is not None or job.last:
             write_json(folder / REPORT, report)
     if error is not None:
@@ -118,15 +130,14 @@ def _run_stage(job: Job, how: How, *, lock: FolderLock, on_event: OnEvent, ask: 
 
 
 def _attempts(
-    job: Job, how: How, follower: Follower, rules: Thresholds, *, lock: FolderLock,
+    job: Job, start: tuple[Attempt, RunState], follower: Follower, *, lock: FolderLock,
     told: Callable[[Attempt, int], None],
 ) -> AdvisorError | None:  # fmt: skip
     """Start the program until an attempt is the last one; return what went wrong.
 
     The policy restarts only by using up something finite, so this ends."""
-    attempt = newest_attempt(job)
+    attempt, state = start
     folder = Path(job.folder)
-    state = _first_state(job, attempt, how, rules)
     while True:
         process = start_program(folder, Path(attempt.file), attempt.recipe.program, lock=lock.handle)
         try:
@@ -159,10 +170,16 @@ def _first_state(job: Job, attempt: Attempt, how: How, rules: Thresholds) -> Run
     return begin(state, events if how.resume else [], rules)
 
 
+def _began(job: Job) -> bool:
+    """Tell whether the training of a stage was started before."""
+    events = read_events(Path(job.folder) / EVENTS)
+    return any(event["event"] == "start" and event.get("stage") == job.stage for event in events)
+
+
 def _finished(folder: Path, *, resume: bool) -> RunReport | None:
     """Return the report of a run that is done; refuse a used folder without `resume`."""
     report = read_record(folder / REPORT, RunReport) if (folder / REPORT).is_file() else None
-    used = any(True for _ in read_events(folder / EVENTS))
+    used = any(event["event"] == "start" for event in read_events(folder / EVENTS))
     if not used and not resume:
         return None
     if report is not None and report.status == "done":

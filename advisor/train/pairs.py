@@ -73,7 +73,11 @@ def open_judged(
     session.events.write("data", end_token=ending.end, **data.account)
     if data.left_out:
         session.events.write("warning", message=f"Not every row is trained on: {data.left_out}.")
-    return data
+    if session.probe is None:
+        return data
+    sizes = [len(row.prompt) + max(len(row.chosen), len(row.rejected)) for row in data.heldout]
+    few = tuple(data.heldout[n] for n in session.probe.heldout(sizes, settings))
+    return msgspec.structs.replace(data, heldout=few)
 
 
 def prepare_judged(

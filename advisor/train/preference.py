@@ -40,7 +40,7 @@ def train_without_reference(session: Session, settings: Settings, pair_loss: Los
         pad_id=ending.pad_id,
         model=model,
         args=TrainingArguments(**trainer_arguments(session.recipe, settings), remove_unused_columns=False),
-        train_dataset=pair_table(data.train),
+        train_dataset=session.rows(pair_table(data.train), settings),
         processing_class=tokenizer,
     )
     measure = HeldOutPairs(trainer, data.heldout, settings, pad_id=ending.pad_id)

@@ -213,7 +213,7 @@ def train_against_rewards(session: Session, trainer_class: Any, arguments_class:
             temperature=settings.temperature,
             reward_weights=settings.reward_weights or None,
         ),
-        train_dataset=prompts.rows,
+        train_dataset=session.rows(prompts.rows, settings),
         processing_class=tokenizer,
     )
     if recipe.tuner != "full":

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 from advisor.errors import AdvisorError, ModelError, RefusedError
 from advisor.run.events import EventWriter, stage_of
 from advisor.storage import file_sha256, read_record
-from advisor.train import checkpoints
+from advisor.train import checkpoints, probing
 from advisor.train.answers import Template, read_template
 from advisor.train.callbacks import Reporter
 from advisor.train.memory import peak_memory
@@ -49,6 +49,20 @@ class Session:
         self.recipe_sha256 = recipe_sha256
         self.events = events
         self.stop = stop
+        self.probe = probing.asked()
+
+    def rows(self, dataset: Any, settings: Settings) -> Any:
+        """Return the rows to train on: all, or the few that a probe takes."""
+        return dataset if self.probe is None else self.probe.rows(dataset, settings)
+
+    def heldout(self, tables: dict[str, Any], settings: Settings) -> dict[str, Any]:
+        """Return the rows to measure on, by dataset: all, or one batch of each in a probe."""
+        if self.probe is None:
+            return tables
+        return {
+            name: table.select(self.probe.heldout(probing.row_tokens(table), settings))
+            for name, table in tables.items()
+        }
 
 
 def run_program(train: Callable[[Session], int], recipe_file: Path) -> int:
@@ -105,8 +119,12 @@ def carry_out(
         trainable_parameters=size.trainable,
         parameters=size.total,
         device=str(trainer.args.device),
+        device_name=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **peak_memory(),
     )
+    if session.probe is not None:
+        probing.measure_steps(session.probe, trainer, session.recipe, settings, events, measure=measure)
+        return DONE
     if begin.folder is None:
         events.write("heldout", when="before", step=0, **measure())
     else:
@@ -221,6 +239,7 @@ def trainer_arguments(recipe: Recipe, settings: Settings) -> dict[str, Any]:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
         "disable_tqdm": True,
+        **(probing.arguments(probe, settings) if (probe := probing.asked()) else {}),
     }
 
 

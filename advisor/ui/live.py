@@ -104,9 +104,21 @@ def describe(event: dict[str, Any]) -> str:
         return f"Held-out loss {event.get('when', '')}: {event['loss']:.3f}"
     if name == "checkpoint":
         return f"Checkpoint at step {event.get('step')}."
+    if name == "probe":
+        return _probe(event)
     if name in ("note", "warning", "decision"):
         return str(event.get("message", ""))
     return ""
+
+
+def _probe(event: dict[str, Any]) -> str:
+    if not event.get("fits"):
+        return f"It does not fit: {event.get('reason', '')}."
+    words = [f"{format_bytes(event['measured_peak_bytes'])} at the longest rows"]
+    if predicted := event.get("predicted_peak_bytes"):
+        words[0] += f" (at most {format_bytes(round(predicted['high']))} predicted)"
+    words.append(f"{format_seconds(event['seconds_per_step'])} a step")
+    return f"Measured: {', '.join(words)}; the whole takes about {format_seconds(event['seconds'])}."
 
 
 def _data(event: dict[str, Any]) -> str:

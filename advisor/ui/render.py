@@ -202,7 +202,8 @@ def report(made: RunReport) -> RenderableType:
         (
             "Status",
             f"{made.status}, {made.steps} of {made.steps_planned} steps in {format_seconds(made.seconds)}"
-            + (f", predicted {band_of_seconds(made.predicted_seconds)}" if made.predicted_seconds else ""),
+            + (f", predicted {band_of_seconds(made.predicted_seconds)}" if made.predicted_seconds else "")
+            + (f", by the first steps {format_seconds(made.probed_seconds)}" if made.probed_seconds else ""),
         ),
     ]
     if made.supervised_tokens is not None:
@@ -223,7 +224,10 @@ def report(made: RunReport) -> RenderableType:
         predicted = (
             f", predicted {band_of_bytes(made.predicted_peak_bytes)}" if made.predicted_peak_bytes else ""
         )
-        rows.append(("Memory, measured", f"{format_bytes(made.measured_peak_bytes)}{predicted}"))
+        longest = (
+            f", at the longest rows {format_bytes(made.probed_peak_bytes)}" if made.probed_peak_bytes else ""
+        )
+        rows.append(("Memory, measured", f"{format_bytes(made.measured_peak_bytes)}{predicted}{longest}"))
     rows += [("Result", f"{name}: {path}") for name, path in made.artefacts.items()]
     rows += [("Decision", text) for text in made.decisions]
     return Group(Rule("Run", align="left", style="quiet"), pairs(rows))

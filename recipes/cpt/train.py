@@ -51,6 +51,7 @@ def train(session: Session) -> int:
         events.write("warning", message=f"Not everything is read: {data.left_out}.")
     if settings.replay_fraction and not data.account["replayed_rows"]:
         events.write("warning", message="There is no earlier data to replay, so none is mixed in.")
+    heldout = session.heldout(data.heldout, settings)
 
     model = open_model(session, settings, tokenizer, ending)
     trainer = AnswerTrainer(
@@ -62,7 +63,7 @@ def train(session: Session) -> int:
             pad_to_multiple_of=pad_multiple(settings),
             dataset_kwargs={"skip_prepare_dataset": not settings.packing},
         ),
-        train_dataset=data.train,
+        train_dataset=session.rows(data.train, settings),
         processing_class=tokenizer,
     )
     trainer.plain_loss = settings.loss == "full_logits"
@@ -73,7 +74,7 @@ def train(session: Session) -> int:
         trainer,
         tokenizer,
         settings,
-        measure=lambda: heldout_figures(trainer, data.heldout, settings),
+        measure=lambda: heldout_figures(trainer, heldout, settings),
     )
 
 

@@ -57,7 +57,7 @@ def train(session: Session) -> int:
             max_length=settings.max_seq_len,
             precompute_ref_log_probs=True,
         ),
-        train_dataset=pair_table(data.train),
+        train_dataset=session.rows(pair_table(data.train), settings),
         processing_class=tokenizer,
     )
     if recipe.tuner != "full":

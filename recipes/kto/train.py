@@ -56,7 +56,7 @@ def train(session: Session) -> int:
             precompute_ref_log_probs=True,
             train_sampling_strategy="sequential",
         ),
-        train_dataset=marked_table(data.train, batch=settings.micro_batch),
+        train_dataset=session.rows(marked_table(data.train, batch=settings.micro_batch), settings),
         processing_class=tokenizer,
     )
     if recipe.tuner != "full":

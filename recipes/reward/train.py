@@ -48,7 +48,7 @@ def train(session: Session) -> int:
     trainer = ReadyRewardTrainer(
         model=model,
         args=RewardConfig(**trainer_arguments(recipe, settings), max_length=settings.max_seq_len),
-        train_dataset=whole_table(data.train),
+        train_dataset=session.rows(whole_table(data.train), settings),
         processing_class=tokenizer,
     )
     if recipe.tuner != "full":

@@ -57,6 +57,7 @@ def train(session: Session) -> int:
     events.write("data", end_token=ending.end, **data.account.as_fields())
     if data.account.left_out:
         events.write("warning", message=data.account.warning())
+    heldout = session.heldout(data.heldout, settings)
 
     # The model, and what of it moves.
     model = open_model(session, settings, tokenizer, ending)
@@ -69,7 +70,7 @@ def train(session: Session) -> int:
             pad_to_multiple_of=pad_multiple(settings),
             dataset_kwargs={"skip_prepare_dataset": not settings.packing},
         ),
-        train_dataset=data.train,
+        train_dataset=session.rows(data.train, settings),
         processing_class=tokenizer,
     )
     trainer.plain_loss = settings.loss == "full_logits"
@@ -82,7 +83,7 @@ def train(session: Session) -> int:
         trainer,
         tokenizer,
         settings,
-        measure=lambda: heldout_figures(trainer, data.heldout, settings),
+        measure=lambda: heldout_figures(trainer, heldout, settings),
     )
 
 

@@ -1,0 +1,69 @@
+"""What was predicted, and what was measured then: the local file from which this machine's errors are known.
+
+Goes in: an Observation. Comes out: one JSON line more in `calibration.jsonl` in ftadvisor's data folder; all
+lines that can be read. Never does: send anything; keep data, texts, or paths; fail a training because the
+file cannot be written.
+
+The file is the person's own: delete it to forget, copy it to share.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from advisor.types import MatrixBench, Observation
+
+PLACE = "FTADVISOR_CALIBRATION"
+"""Environment variable that names another file; empty: nothing is kept."""
+
+
+def calibration_file() -> Path | None:
+    """Return where observations are kept; None when the person wants none."""
+    given = os.environ.get(PLACE)
+    if given is not None:
+        return Path(given) if given else None
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "ftadvisor" / "calibration.jsonl"
+
+
+def remember(observation: Observation) -> bool:
+    """Append one observation; tell whether that was possible.
+
+    The line reaches the file in one call, so that two trainings can write at the same time.
+    """
+    path = calibration_file()
+    if path is None:
+        return False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(handle, msgspec.json.encode(observation) + b"\n")
+        finally:
+            os.close(handle)
+    except OSError:  # a read-only home must not end a training that is done
+        return False
+    return True
+
+
+def observations() -> tuple[Observation, ...]:
+    """Return all lines that can be read, oldest first; those cut off or of another form are passed over."""
+    path = calibration_file()
+    if path is None or not path.is_file():
+        return ()
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            found.append(msgspec.json.decode(line, type=Observation))
+        except (msgspec.ValidationError, msgspec.DecodeError):
+            continue
+    return tuple(found)
+
+
+def latest_bench(device: str) -> MatrixBench | None:
+    """Return the last measured rates of a device; None when it was never measured here."""
+    found = [one.bench for one in observations() if one.bench is not None and one.bench.device == device]
+    return found[-1] if found else None

@@ -1,0 +1,318 @@
+"""How much memory and time do real steps take on this device?
+
+Goes in: the order of the supervisor (environment), a dataset, a trainer that is ready. Comes out: the few
+rows that answer the question, and one `probe` event. Never does: save, or train on: the process ends after
+it, so that the training that follows is not touched by it.
+
+The first step takes the longest rows there are, for the memory; the later ones take batches from the whole
+range of lengths, evenly by rank, for the time."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import psutil
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from advisor.run.events import EventWriter
+from advisor.train.memory import peak_memory
+from advisor.train.settings import ReinforcementSettings, Settings
+from advisor.types import Recipe, Record
+
+ORDER = "FTADVISOR_PROBE"
+MOST_ACCUMULATED = 2
+"""Micro batches of a step: the second one meets the gradients of the first, and more change nothing."""
+
+REFERENCE_PASSES = {"dpo": 1, "kto": 2}
+"""Forward passes over all rows before the first step: the reference's log-probabilities, and KTO's mismatched
+answers."""
+JUDGED_AT_FIRST = ("dpo", "kto", "orpo", "simpo")
+"""Objectives whose held-out rows are scored once more, before all else."""
+
+
+class Order(Record, frozen=True, kw_only=True):
+    """What the supervisor asks for, as JSON in the environment."""
+
+    steps: int
+    """Typical steps after the one of the longest rows."""
+    seconds: float
+    """No further typical step begins after so many seconds."""
+
+
+class Times(Record, frozen=True, kw_only=True):
+    """Wall and CPU seconds of one thing."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def scaled(self, factor: float) -> Times:
+        """Return both, times `factor`."""
+        return Times(seconds=self.seconds * factor, cpu_seconds=self.cpu_seconds * factor)
+
+    def plus(self, other: Times) -> Times:
+        """Return the sum."""
+        return Times(seconds=self.seconds + other.seconds, cpu_seconds=self.cpu_seconds + other.cpu_seconds)
+
+
+class Probe:
+    """Chooses the rows of a probe and remembers what they stand for."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.steps_planned = 0
+        self.longest_tokens = 0
+        self.typical_tokens: list[int] = []
+        """Longest row of each typical batch, in order."""
+        self.mean_tokens = 0.0
+        """Longest row of a batch, in the mean over the whole data."""
+        self.all_tokens = self.heldout_tokens = self.heldout_taken = 0
+
+    def rows(self, dataset: Any, settings: Settings) -> Any:
+        """Return the longest rows of `dataset`, then typical batches, in the order of training."""
+        sizes = row_tokens(dataset)
+        self.longest_tokens, self.all_tokens = max(sizes), sum(sizes)
+        if isinstance(settings, ReinforcementSettings):
+            self.steps_planned = _steps(len(sizes) * settings.num_generations, settings)
+            longest = sorted(range(len(sizes)), key=lambda n: -sizes[n])
+            wanted = settings.effective_batch // settings.num_generations * (1 + self.order.steps)
+            return dataset.select(longest[:wanted])
+        if settings.packing:
+            self.steps_planned = _steps(math.ceil(sum(sizes) / settings.max_seq_len), settings)
+            return dataset.select(self._packed(sizes, settings))
+        self.steps_planned = _steps(len(sizes), settings)
+        return dataset.select(
+            self._padded(sizes, settings, fixed="KL_completion_ids" in dataset.column_names)
+        )
+
+    def share_of(self, batches: int) -> float:
+        """Return the tokens of a mean batch of the whole data for each token of the first typical batches."""
+        measured = self.typical_tokens[:batches]
+        return self.mean_tokens * len(measured) / sum(measured) if measured else 1.0
+
+    def heldout(self, sizes: Sequence[int], settings: Settings) -> list[int]:
+        """Return which held-out rows to measure on: those of one batch, the longest."""
+        longest = sorted(range(len(sizes)), key=lambda n: -sizes[n])[: settings.micro_batch]
+        self.heldout_tokens += sum(sizes)
+        self.heldout_taken += sum(sizes[n] for n in longest)
+        return longest
+
+    def _packed(self, sizes: list[int], settings: Settings) -> list[int]:
+        wanted = (1 + self.order.steps) * accumulated(settings) * settings.micro_batch * settings.max_seq_len
+        chosen, tokens = [], 0
+        for n in random.Random(0).sample(range(len(sizes)), len(sizes)):
+            if tokens >= wanted:
+                break
+            chosen.append(n)
+            tokens += sizes[n]
+        return chosen
+
+    def _padded(self, sizes: list[int], settings: Settings, *, fixed: bool) -> list[int]:
+        """Rows of the longest batches, then of batches at even ranks of the padded lengths."""
+        micro, each = settings.micro_batch, accumulated(settings)
+        rows = list(range(len(sizes)))
+        if not fixed:
+            random.Random(0).shuffle(rows)
+        groups = [rows[n : n + micro] for n in range(0, len(rows), micro)]
+        whole = [group for group in groups if len(group) == micro] or groups
+        ranked = sorted(whole, key=lambda group: max(sizes[n] for n in group))
+        if fixed:
+            first = [n for group in (ranked[-each:] * each)[:each] for n in group]
+        else:
+            longest = sorted(range(len(sizes)), key=lambda n: -sizes[n])
+            first = (longest * math.ceil(micro * each / len(longest)))[: micro * each]
+        chosen = typical(len(ranked), self.order.steps, each)
+        self.typical_tokens = [max(sizes[n] for n in ranked[rank]) for rank in chosen]
+        self.mean_tokens = sum(max(sizes[n] for n in group) for group in ranked) / len(ranked)
+        return [*first, *(n for rank in chosen for n in ranked[rank])]
+
+
+def asked() -> Probe | None:
+    """Return the probe that the supervisor asked this process for."""
+    text = os.environ.get(ORDER)
+    return Probe(msgspec.json.decode(text, type=Order)) if text else None
+
+
+def accumulated(settings: Settings) -> int:
+    """Return the micro batches of one step of a probe."""
+    each = settings.effective_batch // settings.micro_batch
+    return each if isinstance(settings, ReinforcementSettings) else min(each, MOST_ACCUMULATED)
+
+
+def arguments(probe: Probe, settings: Settings) -> dict[str, Any]:
+    """Return what the trainer's arguments are in a probe, where they differ from the recipe's."""
+    return {
+        "max_steps": 1 + probe.order.steps,
+        "gradient_accumulation_steps": accumulated(settings),
+        "save_strategy": "no",
+    }
+
+
+def typical(batches: int, steps: int, each: int) -> list[int]:
+    """Return ranks of batches (0 is the shortest), evenly spread; the batches of one step balance each other.
+
+    Args:
+        batches: how many there are.
+        steps: how many steps to fill.
+        each: batches of a step, 1 or 2.
+    """
+    wanted = steps * each
+    ranks = [min(batches - 1, int((n + 0.5) * batches / wanted)) for n in range(wanted)]
+    pairs = [[ranks[n]] if each == 1 else [ranks[n], ranks[wanted - 1 - n]] for n in range(steps)]
+    middle_first = sorted(pairs, key=lambda pair: abs(sum(pair) / len(pair) - (batches - 1) / 2))
+    return [rank for pair in middle_first for rank in pair]
+
+
+def row_tokens(dataset: Any) -> list[int]:
+    """Return the length of each row as the model sees it; of prompts that are still text, the characters."""
+
+    def lengths(name: str) -> list[int]:
+        return [len(ids) for ids in dataset[name]]
+
+    names = dataset.column_names
+    if "input_ids" in names:
+        return lengths("input_ids")
+    if "prompt" in names:
+        return [sum(len(str(turn["content"])) for turn in prompt) for prompt in dataset["prompt"]]
+    answers = [lengths(name) for name in names if name.endswith("_ids") and name != "prompt_ids"]
+    before = lengths("prompt_ids") if "prompt_ids" in names else [0] * len(dataset)
+    return [start + max(ends) for start, *ends in zip(before, *answers, strict=True)]
+
+
+def _steps(rows: int, settings: Settings) -> int:
+    """Return the optimizer steps of the whole training, as the trainer counts them."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    batches = math.ceil(rows / settings.micro_batch)
+    return math.ceil(
+        max(1, math.ceil(batches / (settings.effective_batch // settings.micro_batch))) * settings.epochs
+    )
+
+
+class _Watch:
+    """A clock of wall and CPU seconds; waits for the device first."""
+
+    def __init__(self) -> None:
+        self._since = self._now()
+
+    def lap(self) -> Times:
+        """Return what passed since the last lap."""
+        now, since = self._now(), self._since
+        self._since = now
+        return Times(seconds=now[0] - since[0], cpu_seconds=now[1] - since[1])
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.monotonic(), time.process_time()
+
+
+class _Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Times each step: its micro batches, and the rest."""
+
+    def __init__(self, most_seconds: float) -> None:
+        self.micro: list[Times] = []
+        self.rest: list[Times] = []
+        self.peak: dict[str, int] = {}
+        self._most = most_seconds
+        self._watch = _Watch()
+        self._typical_since = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._watch.lap()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The micro batches are done."""
+        self.micro.append(self._watch.lap())
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The step is done; the first was that of the longest rows."""
+        self.rest.append(self._watch.lap())
+        if state.global_step == 1:
+            self.peak = peak_memory()
+            self._typical_since = time.monotonic()
+        elif time.monotonic() - self._typical_since > self._most:
+            control.should_training_stop = True
+
+
+def measure_steps(
+    probe: Probe,
+    trainer: Any,
+    recipe: Recipe,
+    settings: Settings,
+    events: EventWriter,
+    *,
+    measure: Callable[[], dict[str, Any]],
+) -> None:
+    """Evaluate once, train the few steps, and tell what they took.
+
+    Args:
+        probe: chose the rows that the trainer has.
+        trainer: with `arguments`.
+        recipe: its objective is read.
+        settings: of the recipe.
+        events: where the `probe` event goes.
+        measure: the evaluation, on the rows that `probe` left of the held-out ones.
+    """
+    process = psutil.Process()
+    ready = Times(seconds=time.time() - process.create_time(), cpu_seconds=time.process_time())
+    trainer.args.train_sampling_strategy = "sequential"
+    watch = _Watch()
+    measure()
+    one = watch.lap()
+    stopwatch = _Stopwatch(probe.order.seconds)
+    trainer.add_callback(stopwatch)
+    trainer.train()
+    whole = _whole(probe, stopwatch, settings)
+    share = probe.heldout_tokens / probe.heldout_taken if probe.heldout_taken else 1.0
+    evaluation = one.scaled(share)
+    each = one.scaled(1 / probe.heldout_taken) if probe.heldout_taken else Times()
+    reference = each.scaled(REFERENCE_PASSES.get(recipe.objective, 0) * probe.all_tokens)
+    before = 2 if recipe.objective in JUDGED_AT_FIRST else 1
+    passes = before + 1 + (probe.steps_planned - 1) // settings.save_every_steps
+    total = ready.plus(reference).plus(evaluation.scaled(passes)).plus(whole.scaled(probe.steps_planned))
+    events.write(
+        "probe",
+        longest_tokens=probe.longest_tokens,
+        micro_batch=settings.micro_batch,
+        steps_measured=len(stopwatch.rest),
+        steps_planned=probe.steps_planned,
+        measured_peak_bytes=stopwatch.peak["memory_bytes"],
+        allocated_bytes=stopwatch.peak.get("allocated_bytes"),
+        ready_seconds=ready.seconds,
+        reference_seconds=reference.seconds,
+        evaluation_seconds=evaluation.seconds,
+        evaluations=passes,
+        seconds_per_step=whole.seconds,
+        seconds=total.seconds,
+        cpu_seconds_per_step=whole.cpu_seconds,
+        cpu_seconds=total.cpu_seconds,
+    )
+
+
+def _whole(probe: Probe, watch: _Stopwatch, settings: Settings) -> Times:
+    """Return what a mean step of the recipe takes; the first of a process warms up and does not count."""
+    micro, rest = watch.micro[1:] or watch.micro, watch.rest[1:] or watch.rest
+    times = settings.effective_batch // settings.micro_batch / accumulated(settings)
+    computed, other = (
+        Times(
+            seconds=sum(one.seconds for one in laps) / len(laps),
+            cpu_seconds=sum(one.cpu_seconds for one in laps) / len(laps),
+        )
+        for laps in (micro, rest)
+    )
+    return computed.scaled(times * probe.share_of(len(micro) * accumulated(settings))).plus(other)

@@ -1,0 +1,64 @@
+"""Draws what was measured on this computer: real steps, rates, errors of earlier predictions.
+
+Goes in: records. Comes out: renderables. Never does: measure, compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.text import Text
+
+from advisor.estimate.calibrate import ErrorSummary
+from advisor.types import MatrixBench, StepProbe
+from advisor.ui.render import band_of_bytes, band_of_seconds, columns, pairs
+from advisor.units import format_bytes, format_seconds
+
+
+def step_probe(found: StepProbe) -> RenderableType:
+    """Draw what a few real steps took, beside what was predicted."""
+    rows: list[tuple[str, RenderableType]] = [("Fits", "yes" if found.fits else f"no: {found.reason}")]
+    if found.measured_peak_bytes is not None:
+        predicted = (
+            f", predicted {band_of_bytes(found.predicted_peak_bytes)}" if found.predicted_peak_bytes else ""
+        )
+        longest = f"{format_bytes(found.measured_peak_bytes)} at {found.longest_tokens:,} tokens{predicted}"
+        rows.append(("Memory, measured", longest))
+    if found.seconds is not None and found.seconds_per_step is not None:
+        predicted = (
+            f", predicted {band_of_seconds(found.predicted_seconds)}" if found.predicted_seconds else ""
+        )
+        rows += [
+            ("A step, measured", f"{format_seconds(found.seconds_per_step)}, the mean of the typical ones"),
+            ("The whole", f"{format_seconds(found.seconds)} for {found.steps_planned:,} steps{predicted}"),
+        ]
+    rows += [("Try instead", f"--set {name}={value}") for name, value in found.smaller.items()]
+    return Group(Rule(f"Real steps: {found.stage}", align="left", style="quiet"), pairs(rows))
+
+
+def matrix_bench(found: MatrixBench) -> RenderableType:
+    """Draw the measured rates of a device."""
+    rows: list[tuple[str, RenderableType]] = [
+        (f"Matrix products, {name}", f"{rate / 1e12:.2f} TFLOPS (measured)")
+        for name, rate in found.flops.items()
+    ]
+    rows.append(("Copies", f"{found.copy_bytes_per_second / 1e9:.1f} GB a second (measured)"))
+    return Group(Rule(f"Rates: {found.device}", align="left", style="quiet"), pairs(rows))
+
+
+def calibration(seen: Sequence[ErrorSummary]) -> RenderableType:
+    """Draw how far predictions were from what was measured on this computer, by class."""
+    if not seen:
+        return Text("Nothing was trained here yet, so there is nothing to compare.")
+    table = columns(
+        "What", "Of", "Runs", "Median error", "Worst", "Above high",
+        right=("Runs", "Median error", "Worst", "Above high"),
+    )  # fmt: skip
+    for one in seen:
+        table.add_row(
+            one.quantity, one.group, str(one.runs), f"{one.median_error:.1%}", f"{one.worst_error:+.1%}",
+            str(one.above_high),
+        )  # fmt: skip
+    return table
