@@ -123,6 +123,13 @@ def _profiles(inputs: Inputs, spec: ModelSpec | None, notify: Notify) -> tuple[D
         raise UsageError(
             f"Two datasets have the same name: {', '.join(names)}.", "Name them: --data name=path"
         )
+    contents: dict[str, str] = {}
+    for profile in profiles:
+        if profile.sha256 and (first := contents.setdefault(profile.sha256, profile.name)) != profile.name:
+            raise UsageError(
+                f"{first} and {profile.name} hold the same rows, so each would count twice.",
+                "Give one of them.",
+            )
     return profiles
 
 

@@ -37,7 +37,11 @@ _PLANNING = (
     click.option("--deploy", default="", help="Where it must run afterwards, for example 'laptop, Ollama'."),
     click.option("--commercial/--no-commercial", default=None, help="Will it be used commercially?"),
     click.option("--must-not-forget", is_flag=True, help="What the model can do now must not get worse."),
-    click.option("--max-hours", type=float, help="Longest time that training may take."),
+    click.option(
+        "--max-hours",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Longest time that training may take.",
+    ),
     click.option("--method", help="Insist on a method, for example lora, qlora, full."),
     hardware,
     click.option("--scenario", help="YAML file that declares machine, model, data, goal."),

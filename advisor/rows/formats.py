@@ -22,7 +22,10 @@ SUFFIXES = {
 HEAD_BYTES = 65536
 BOM = b"\xef\xbb\xbf"
 _ARCHIVES = {
-    b"PK\x03\x04": ("a zip archive", "unzip {name}"),
+    b"PK\x03\x04": (
+        "a zip archive (documents of Word and Excel are, too)",
+        "unzip {name}; a document: save it as .txt, a table as .csv",
+    ),
     b"BZh": ("compressed with bzip2", "bunzip2 --keep {name}"),
     b"\xfd7zXZ": ("compressed with xz", "unxz --keep {name}"),
     b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unzstd {name}"),

@@ -53,6 +53,7 @@ DATA = {
     "one-column": (b'{"instruction": "a"}\n{"instruction": "b"}\n', "instruction"),
     "unknown-columns": (b'{"foo": 1, "bar": 2}\n', "foo"),
     "no-assistant": (b'{"messages": [{"role": "user", "content": "hi"}]}\n' * 12, "assistant"),
+    "a-docx": (b"PK\x03\x04" + bytes(64), "save it as .txt"),
     "a-gguf": (b"GGUF\x03\x00\x00\x00" + bytes(64), "GGUF"),
 }
 
@@ -123,6 +124,14 @@ def test_gguf_as_base(tmp_path: Path) -> None:
     _assert_error(ftadvisor("plan", "--model", "base.gguf", "--dry-run", cwd=tmp_path), 1, "original")
 
 
+def test_the_same_rows_twice(tmp_path: Path) -> None:
+    """One file under two names would count twice without a word, so it is refused."""
+    rows = [GOOD | {"instruction": f"Say hello {i}"} for i in range(60)]
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps(rows))
+    _assert_error(_plan(tmp_path, "--data", "a.json", "--data", "b.json"), 2, "twice")
+
+
 def test_folder_in_use(tmp_path: Path) -> None:
     """A second plan into a used folder is refused and leaves it as it was."""
     (tmp_path / "data.json").write_text(
@@ -164,6 +173,7 @@ def test_output_below_a_file(tmp_path: Path) -> None:
         (["explain", "qlroa"], 2, "qlora"),
         (["plan", "--scenario", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["plan", "--set", "novalue"], 2, "novalue"),
+        (["plan", "--max-hours", "-5"], 2, "--max-hours"),
         (["runs", "nowhere"], 1, "nowhere"),
         (["estimate"], 2, "--model"),
         (["nonsense"], 2, "nonsense"),

@@ -344,6 +344,14 @@ def test_language_is_recognised(language: str, text: str) -> None:
     assert language_of(text) == language
 
 
+@pytest.mark.parametrize(
+    "text", ["A 3 to 4 ratio", "How do I do this?", "Hi! Do not do that.", "Set a timer to 5 to 10 minutes"]
+)
+def test_short_english_is_no_other_language(text: str) -> None:
+    """Small words that other languages have as well do not make English texts Czech, Polish or Portuguese."""
+    assert language_of(text) == "en"
+
+
 def test_language_is_not_claimed_without_signs() -> None:
     """Numbers, code and single words have no language."""
     assert language_of("12 + 30 = 42") is None
