@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import ctypes
-import importlib.util
+import itertools
 import unicodedata
 import weakref
 from collections.abc import Iterator
@@ -18,19 +17,13 @@ from typing import Any
 
 import jinja2
 
-from advisor.errors import ExportError, InputError, MissingPackageError, RefusedError
-from advisor.probe.gguf_file import NORMALISER_KEY, check_gguf
-from advisor.probe.host import memory
-from advisor.probe.load import free_cores
-from advisor.units import format_bytes
+from advisor.errors import InputError
+from advisor.lora_files import Adapters
+from advisor.probe.gguf_file import NORMALISER_KEY
+from advisor.prompt_cache import start_with
+from advisor.running import CacheType, Said, plan_running
 
-CONTEXT_TOKENS = 4096
-"""Memory is set aside for so many tokens at most; a model trained on less uses less."""
 _TOP_K, _TOP_P, _MIN_P = 40, 0.95, 0.05
-_SCRATCH_BYTES = 256 << 20
-_KEPT_LINES = 8
-_ERROR_LEVEL = 4
-"""ggml's GGML_LOG_LEVEL_ERROR."""
 
 
 class ChatSession:
@@ -45,7 +38,9 @@ class ChatSession:
         system: str | None = None,
         temperature: float = 0.0,
         max_tokens: int = 512,
-        context_tokens: int = CONTEXT_TOKENS,
+        context_tokens: int | None = None,
+        cache: CacheType | None = None,
+        prompt_cache: Path | None = None,
         seed: int = 0,
     ) -> None:
         """Load the file.
@@ -57,7 +52,10 @@ class ChatSession:
             system: Said before the conversation, where the template has a place for it.
             temperature: 0 takes the likeliest token each time.
             max_tokens: Longest answer.
-            context_tokens: Memory for so many tokens, at most what the model was trained on.
+            context_tokens: Memory for so many tokens, at most what the model was trained on; None takes the
+                usual number, or what fits.
+            cache: Type of the key-value cache; None takes 16 bits where they fit.
+            prompt_cache: Folder for what was computed of long system prompts.
             seed: Of the sampling.
 
         Raises:
@@ -65,24 +63,27 @@ class ChatSession:
             RefusedError: there is not enough memory for it.
             MissingPackageError: llama-cpp-python is not installed.
         """
-        check_gguf(gguf)
-        if importlib.util.find_spec("llama_cpp") is None:
-            raise MissingPackageError("llama-cpp-python", "gguf")
-        _check_memory(gguf)
-        self._said = _Said()
+        self.running = plan_running(gguf, context_tokens=context_tokens, cache=cache)
+        self._gguf = gguf
+        self._said = Said()
         self._temperature = temperature
         self._max_tokens = max_tokens
         self._system = system
-        self._model = self._load(gguf, context_tokens, seed)
+        self._prompt_cache = prompt_cache
+        self._model = self._load(seed)
         # Freed before Python takes its modules apart: llama-cpp-python complains on the terminal afterwards.
         self._close = weakref.finalize(self, self._model.close)
-        self.context_tokens = min(context_tokens, self._model._model.n_ctx_train())
-        self._adapters: dict[Path, Any] = {}
+        self.context_tokens = self.running.context_tokens
+        self._adapters = Adapters(self._model, self._said)
+        self._on = ""
+        self._started = False
         if lora is not None:
             self.use_adapters({lora: lora_scale})
         self._render = _formatter(self._model)
         self._normaliser = self._model.metadata.get(NORMALISER_KEY)
         self.messages: list[dict[str, str]] = []
+        self.reused_prompt = False
+        """Whether a long system prompt was read back instead of computed."""
         self.reset()
 
     def use_adapters(self, scales: dict[Path, float]) -> None:
@@ -95,19 +96,9 @@ class ChatSession:
             InputError: one is no LoRA-GGUF, or belongs to another model; those before stay on.
             ExportError: llama.cpp does not take them together.
         """
-        import llama_cpp
-
-        for path in scales:
-            if path not in self._adapters:
-                self._adapters[path] = self._read_adapter(path)
-        count = len(scales)
-        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * count)(*(self._adapters[p] for p in scales))
-        strengths = (ctypes.c_float * count)(*scales.values())
-        if llama_cpp.llama_set_adapters_lora(self._model._ctx.ctx, adapters, count, strengths):
-            names = ", ".join(path.name for path in scales)
-            raise ExportError(f"llama.cpp does not put {names} on the model.", "Export it merged: --to gguf")
-        # What was computed with other adapters must not be taken for the same text's beginning.
-        self._model.reset()
+        self._adapters.use(scales)
+        self._on = repr(sorted((str(path.resolve()), scale) for path, scale in scales.items()))
+        self._started = False
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -125,6 +116,7 @@ class ChatSession:
         """
         asked = unicodedata.normalize("NFC", text) if self._normaliser == "NFC" else text
         tokens = self._prompt({"role": "user", "content": asked})
+        self._start(tokens)
         pieces: list[str] = []
         try:
             for piece in self._generate(tokens):
@@ -184,42 +176,46 @@ class ChatSession:
         if rest := decoder.decode(b"", final=True):
             yield rest
 
-    def _load(self, gguf: Path, context_tokens: int, seed: int) -> Any:
+    def _start(self, tokens: list[int]) -> None:
+        """Take what was computed of a long system prompt from an earlier start."""
+        if self._started or self._prompt_cache is None or self._system is None:
+            return
+        self._started = True
+        other = self._tokens([{"role": "system", "content": self._system}, {"role": "user", "content": ""}])
+        pairs = zip(tokens, other, strict=False)
+        shared = [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        self.reused_prompt = start_with(
+            self._model,
+            self._gguf,
+            shared,
+            running=self.running,
+            adapters=self._on,
+            folder=self._prompt_cache,
+        )
+
+    def _load(self, seed: int) -> Any:
         import llama_cpp
 
-        llama_cpp.llama_log_set(self._said.callback, ctypes.c_void_p(0))
-        threads = free_cores()
+        how = self.running
+        kind = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}[how.cache]
         try:
             return llama_cpp.Llama(
-                str(gguf),
-                n_ctx=context_tokens,
-                n_threads=threads,
-                n_threads_batch=threads,
+                str(self._gguf),
+                n_ctx=how.context_tokens,
+                n_gpu_layers=how.gpu_layers,
+                n_threads=how.threads,
+                n_threads_batch=how.threads,
+                type_k=kind,
+                type_v=kind,
+                flash_attn=how.flash_attention,
                 seed=seed,
                 verbose=False,
             )
         except (ValueError, RuntimeError, MemoryError) as problem:
             raise InputError(
-                f"llama.cpp cannot load {gguf}: {self._said.reason() or problem}",
+                f"llama.cpp cannot load {self._gguf}: {self._said.reason() or problem}",
                 "The file may be cut short: copy it again, or check it with ftadvisor verify.",
             ) from problem
-
-    def _read_adapter(self, lora: Path) -> Any:
-        """Load an adapter beside the model.
-
-        Raises:
-            InputError: it is no LoRA-GGUF, or belongs to another model.
-        """
-        import llama_cpp
-
-        _check_adapter(lora, self._model.metadata.get("general.architecture", ""))
-        adapter = llama_cpp.llama_adapter_lora_init(self._model._model.model, str(lora).encode())
-        if not adapter:
-            raise InputError(
-                f"llama.cpp does not take the adapter {lora}: {self._said.reason() or 'it does not fit'}",
-                "Put it on the base model that it was trained on.",
-            )
-        return adapter
 
 
 def answer_once(gguf: Path, prompt: str, *, system: str | None = None, max_tokens: int = 512) -> str:
@@ -236,67 +232,6 @@ def compare(first: Path, second: Path, prompt: str, *, max_tokens: int = 512) ->
     return answer_once(first, prompt, max_tokens=max_tokens), answer_once(
         second, prompt, max_tokens=max_tokens
     )
-
-
-class _Said:
-    """Keeps the last errors that llama.cpp reports instead of printing them."""
-
-    def __init__(self) -> None:
-        import llama_cpp
-
-        self._lines: list[str] = []
-        self.callback = llama_cpp.llama_log_callback(self._hear)
-        _HEARD.append(self.callback)
-
-    def _hear(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
-        if level == _ERROR_LEVEL:
-            self._lines = [*self._lines, text.decode(errors="replace").strip()][-_KEPT_LINES:]
-
-    def reason(self) -> str:
-        """Return the first error in a few words."""
-        return next((line.split(": ", 1)[-1] for line in self._lines if line), "")
-
-
-_HEARD: list[Any] = []
-"""llama.cpp calls the last callback it was given for as long as the process lives, so none may be freed."""
-
-
-def _check_memory(gguf: Path) -> None:
-    _, free = memory(Path("/proc"), Path("/sys"))
-    needed = gguf.stat().st_size + _SCRATCH_BYTES
-    if needed > free:
-        raise RefusedError(
-            f"{gguf.name} needs about {format_bytes(needed)} of memory; {format_bytes(free)} is free.",
-            "Close other programs, or export a smaller quantisation: --quant Q4_K_M",
-        )
-
-
-def _check_adapter(lora: Path, architecture: str) -> None:
-    """Refuse what makes llama.cpp crash."""
-    import gguf
-
-    check_gguf(lora)
-    remedy = "Make one with: ftadvisor export RUN_DIR --to lora-gguf"
-    try:
-        reader = gguf.GGUFReader(lora)
-    except (ValueError, IndexError, KeyError) as problem:
-        raise InputError(f"{lora} is cut short or damaged.", remedy) from problem
-    fields = {
-        key: field.contents()
-        for key, field in reader.fields.items()
-        if key.startswith(("general", "adapter"))
-    }
-    if fields.get("general.type") != "adapter" or fields.get("adapter.type") != "lora":
-        raise InputError(f"{lora} is a GGUF file, but no LoRA adapter.", remedy)
-    if fields.get("general.architecture") != architecture:
-        raise InputError(
-            f"The adapter {lora} is for {fields.get('general.architecture')}, the model is {architecture}.",
-            "Put it on the base model that it was trained on.",
-        )
-    if any(tensor.name.startswith("token_embd.") for tensor in reader.tensors):
-        raise InputError(
-            f"The adapter {lora} changes the embedding, on which llama.cpp aborts.", "Export it merged."
-        )
 
 
 def _formatter(model: Any) -> Any:

@@ -11,6 +11,9 @@ from advisor.chat import ChatSession
 from advisor.cli import options
 from advisor.cli.output import print_json, print_text
 from advisor.errors import UsageError
+from advisor.intake import own_cache_dir
+from advisor.lora_files import parse_adapter
+from advisor.running import CacheType
 
 
 class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +39,8 @@ class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer."
 )
+@options.context
+@options.kv_cache
 @options.as_json
 def chat(
     gguf: Path,
@@ -45,6 +50,8 @@ def chat(
     system: str | None,
     temperature: float,
     max_tokens: int,
+    context: int | None,
+    kv_cache: CacheType | None,
     *,
     as_json: bool,
 ) -> None:
@@ -58,11 +65,14 @@ def chat(
             system=system,
             temperature=temperature,
             max_tokens=max_tokens,
+            context_tokens=context,
+            cache=kv_cache,
+            prompt_cache=own_cache_dir() / "prompts",
         )
         for file in files
     }
     if lora:
-        sessions[str(gguf)].use_adapters(dict(map(_adapter, lora)))
+        sessions[str(gguf)].use_adapters(dict(map(parse_adapter, lora)))
     if as_json:
         answers = {name: "".join(session.reply(str(prompt))) for name, session in sessions.items()}
         print_json(ChatAnswer(prompt=str(prompt), answers=answers))
@@ -74,16 +84,3 @@ def chat(
     else:
         turn(sessions, prompt)
         print_text("")
-
-
-def _adapter(text: str) -> tuple[Path, float]:
-    """Return file and strength of `FILE` or `FILE=STRENGTH`."""
-    name, found, strength = text.rpartition("=")
-    if not found or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return Path(name), float(strength)
-    except ValueError:
-        raise UsageError(
-            f"{strength!r} is no strength of an adapter.", "For example: --lora a.gguf=0.5"
-        ) from None

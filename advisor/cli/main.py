@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "Write a run or a model folder as GGUF, merged weights or a Modelfile.",
     "verify": "Prove that a GGUF file answers as the trained model does.",
     "chat": "Talk to a GGUF file, offline.",
+    "serve": "Answer programs over the OpenAI interface, on this machine alone.",
     "probe": "Show what this machine has: accelerators, memory, cores, disk.",
     "inspect": "Show what a dataset holds and what is wrong with it.",
     "estimate": "Predict the memory and time of a training step.",
@@ -38,6 +39,7 @@ EXTRA_OF = {
         ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"), "train"
     ),
     **dict.fromkeys(("gguf", "llama_cpp", "numpy", "safetensors"), "gguf"),
+    **dict.fromkeys(("uvicorn", "fastapi", "starlette"), "serve"),
 }
 """Package -> the extra that brings it."""
 

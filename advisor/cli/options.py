@@ -20,6 +20,16 @@ FILE = click.Path(path_type=Path)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 offline = click.option("--offline", is_flag=True, help="Never use the network; the cache must do.")
 out = click.option("--out", type=FILE, help="Folder to write into.")
+context = click.option(
+    "--context",
+    type=click.IntRange(min=16),
+    help="Memory for so many tokens; by default 4096, or what fits.",
+)
+kv_cache = click.option(
+    "--kv-cache",
+    type=click.Choice(["f16", "q8_0"]),
+    help="Type of the key-value cache; by default 16 bits where they fit.",
+)
 model = click.option(
     "--model",
     default="auto",
