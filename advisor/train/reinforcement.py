@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import RepeatSampler
 
 from advisor.errors import DataError, RefusedError
 from advisor.rows import RowProblem, infer_mapping, read_rows, to_messages
@@ -173,6 +174,30 @@ class Sampled:
         return [
             math.fsum(w * m for w, m in zip(weights, marks, strict=True)) for marks in zip(*each, strict=True)
         ]
+
+
+class PromptOrder(RepeatSampler):  # type: ignore[misc]  # trl is not typed
+    """RepeatSampler whose order depends on the epoch alone, so that a resumed run meets the same prompts."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the order of an epoch, counted from 0."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+
+class SameOrder:
+    """For TRL's trainers against rewards: they draw the order of an epoch from where the one before left the
+    generator, which a run that resumes in a later epoch does not know."""
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> PromptOrder:
+        made = super()._get_train_sampler(dataset)  # type: ignore[misc]  # of the trainer beside it
+        return PromptOrder(
+            made.data_source, mini_repeat_count=made.mini_repeat_count, batch_size=made.batch_size,
+            repeat_count=made.repeat_count, shuffle=made.shuffle, seed=made.seed,
+        )  # fmt: skip
+
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
+        """Write none into the checkpoints folder; the export writes the one that counts."""
 
 
 def _until_end(ids: list[int], end: int) -> list[int]:

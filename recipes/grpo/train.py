@@ -22,20 +22,17 @@ if __name__ == "__main__" and not any(
 
 from trl import GRPOConfig, GRPOTrainer
 
-from advisor.train.reinforcement import train_against_rewards
+from advisor.train.reinforcement import SameOrder, train_against_rewards
 from advisor.train.session import Session, leave, run_program
 
 
-class PlainGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed
-    """GRPOTrainer without a model card in the checkpoints; the export writes the one that counts."""
-
-    def create_model_card(self, *args: object, **kwargs: object) -> None:
-        """Write none."""
+class OrderedGRPOTrainer(SameOrder, GRPOTrainer):  # type: ignore[misc]  # trl is not typed
+    """GRPOTrainer that resumes exactly in any epoch."""
 
 
 def train(session: Session) -> int:
     """Train with TRL's trainer of this program and its arguments."""
-    return train_against_rewards(session, PlainGRPOTrainer, GRPOConfig)
+    return train_against_rewards(session, OrderedGRPOTrainer, GRPOConfig)
 
 
 if __name__ == "__main__":

@@ -22,20 +22,17 @@ if __name__ == "__main__" and not any(
 
 from trl import RLOOConfig, RLOOTrainer
 
-from advisor.train.reinforcement import train_against_rewards
+from advisor.train.reinforcement import SameOrder, train_against_rewards
 from advisor.train.session import Session, leave, run_program
 
 
-class PlainRLOOTrainer(RLOOTrainer):  # type: ignore[misc]  # trl is not typed
-    """RLOOTrainer without a model card in the checkpoints; the export writes the one that counts."""
-
-    def create_model_card(self, *args: object, **kwargs: object) -> None:
-        """Write none."""
+class OrderedRLOOTrainer(SameOrder, RLOOTrainer):  # type: ignore[misc]  # trl is not typed
+    """RLOOTrainer that resumes exactly in any epoch."""
 
 
 def train(session: Session) -> int:
     """Train with TRL's trainer of this program and its arguments."""
-    return train_against_rewards(session, PlainRLOOTrainer, RLOOConfig)
+    return train_against_rewards(session, OrderedRLOOTrainer, RLOOConfig)
 
 
 if __name__ == "__main__":

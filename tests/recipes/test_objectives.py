@@ -243,9 +243,9 @@ RL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _rl(folder: Path, model: Path, objective: Any, **changes: Any) -> Path:
+def _rl(folder: Path, model: Path, objective: Any, *, count: int | None = None, **changes: Any) -> Path:
     prompts = write_rows(
-        folder.parent / f"{folder.name}.jsonl", [{"prompt": row["prompt"]} for row in judged()]
+        folder.parent / f"{folder.name}.jsonl", [{"prompt": row["prompt"]} for row in judged()[:count]]
     )
     return make_run(
         folder, tuner="lora", model=model, data=prompts, kind="prompts", objective=objective,
@@ -257,11 +257,13 @@ def _rl(folder: Path, model: Path, objective: Any, **changes: Any) -> Path:
 def test_reinforcement_raises_the_reward_and_resumes_exactly(
     objective: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Marks of a file of one's own rise on sampled answers; from step 4 on the same bits."""
+    """Marks of a file of one's own rise on sampled answers; from step 8, in the second pass over the prompts,
+    on the same bits."""
     (tmp_path / "own.py").write_text(
         "def reward(text, reference):\n    return text.count('e') / (len(text) + 1)\n"
     )
-    whole = _rl(tmp_path / "whole", tiny_model, objective, reward_file=str(tmp_path / "own.py"))
+    own = str(tmp_path / "own.py")
+    whole = _rl(tmp_path / "whole", tiny_model, objective, count=14, reward_file=own)
     assert run_here(whole) == 0, events_of(whole, "error")
     found = heldout(whole)
     assert found["after"]["reward"] > 1.3 * found["before"]["reward"]
@@ -269,7 +271,7 @@ def test_reinforcement_raises_the_reward_and_resumes_exactly(
     assert all("reward" in step for step in steps)
     folder = tmp_path / "again"
     shutil.copytree(whole, folder)
-    for gone in (folder / "adapter", *(folder / "checkpoints" / f"checkpoint-{step}" for step in (8, 10))):
+    for gone in (folder / "adapter", *(folder / "checkpoints" / f"checkpoint-{step}" for step in (10,))):
         shutil.rmtree(gone)
     assert run_here(folder) == 0
     _same_weights(whole / "adapter", folder / "adapter")
