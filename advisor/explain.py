@@ -44,7 +44,7 @@ IN_GENERAL = {"rows": "N", "model": "the model", "needed_gib": "N", "available_g
 EIGHT_BILLION = 8_000_000_000
 
 
-def explain(topic: str, knowledge: Knowledge, programs: Mapping[str, Program] | None = None) -> Explanation:
+def explain(topic: str, knowledge: Knowledge) -> Explanation:
     """Return what is known about a topic.
 
     Case, spaces, dashes and underscores do not count, nor does American spelling. A name that several
@@ -53,8 +53,8 @@ def explain(topic: str, knowledge: Knowledge, programs: Mapping[str, Program] | 
     Args:
         topic: a term, method, setting, warning code, model, accelerator, or a list: topics, methods, models,
             hardware, quantisations, warnings, failures, sources.
-        knowledge: the knowledge base.
-        programs: the training programs by name; a setting that only they describe is explained from there.
+        knowledge: the knowledge base; a setting that only the training programs describe is explained from
+            there.
 
     Raises:
         UnknownNameError: nothing of that name is known; the nearest is named.
@@ -64,10 +64,10 @@ def explain(topic: str, knowledge: Knowledge, programs: Mapping[str, Program] | 
     if wanted in pages:
         return pages[wanted]()
     found = _index(knowledge).get(wanted)
-    if not found and (other := _stand_in(wanted, knowledge) or _program_key(wanted, programs or {})):
+    if not found and (other := _stand_in(wanted, knowledge) or _program_key(wanted, knowledge.programs)):
         return other
     if not found:
-        keys = {key for program in (programs or {}).values() for key in program.keys}
+        keys = {key for program in knowledge.programs.values() for key in program.keys}
         entries = {name for section in SECTIONS for name in getattr(knowledge, section)}
         names = sorted(entries | keys | set(pages))
         close = names if nearest(topic, names) else sorted(pages)

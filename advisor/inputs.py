@@ -25,6 +25,8 @@ class Inputs(Record, frozen=True, kw_only=True):
     model: str = "auto"
     data: tuple[str, ...] = ()
     """Paths or hub ids; `name=path` names a task."""
+    earlier: tuple[str, ...] = ()
+    """Data of what the model must not forget, given as `data` is."""
     goal: str = ""
     deploy: str = ""
     commercial: bool | None = None
@@ -70,9 +72,10 @@ def declared(inputs: Inputs, knowledge: Knowledge) -> Scenario:
     Raises:
         UsageError: the file is wrong, or --hardware, --model or --data was given beside it.
     """
-    if inputs.data or inputs.model != "auto" or inputs.hardware:
+    if inputs.data or inputs.earlier or inputs.model != "auto" or inputs.hardware:
         raise UsageError(
-            "--scenario declares hardware, model and data; --hardware, --model and --data cannot be added.",
+            "--scenario declares hardware, model and data; --hardware, --model, --data and --earlier "
+            "cannot be added.",
             "Put them into the scenario file, or leave --scenario away.",
         )
     content = read_yaml(

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from advisor.errors import UsageError
 from advisor.inputs import Inputs, declared
 from advisor.knowledge import Knowledge
@@ -117,11 +119,16 @@ def _spec(inputs: Inputs, knowledge: Knowledge) -> ModelSpec | None:
 
 
 def _profiles(inputs: Inputs, spec: ModelSpec | None, notify: Notify) -> tuple[DatasetProfile, ...]:
-    profiles = tuple(_profile(text, spec, inputs, notify) for text in inputs.data)
+    earlier = tuple(
+        msgspec.structs.replace(_profile(text, spec, inputs, notify), role="earlier_task")
+        for text in inputs.earlier
+    )
+    profiles = tuple(_profile(text, spec, inputs, notify) for text in inputs.data) + earlier
     names = [profile.name for profile in profiles]
     if len(set(names)) != len(names):
         raise UsageError(
-            f"Two datasets have the same name: {', '.join(names)}.", "Name them: --data name=path"
+            f"Two datasets have the same name: {', '.join(names)}.",
+            "Name them: --data name=path, --earlier name=path",
         )
     contents: dict[str, str] = {}
     for profile in profiles:

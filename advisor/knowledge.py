@@ -1,7 +1,8 @@
 """Reads kb/*.toml into records, once for a process; every fact about the world comes from here.
 
-Goes in: the kb folder, and a person's overlay of the same layout (environment variable FTADVISOR_KB), whose
-tables win. Comes out: `Knowledge`. Never does: judge; guess a missing field; accept an unknown key.
+Goes in: the kb folder, the settings of the training programs, and a person's overlay of the same layout as kb
+(environment variable FTADVISOR_KB), whose tables win. Comes out: `Knowledge`. Never does: judge; guess a
+missing field; accept an unknown key.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from advisor.errors import KnowledgeError
-from advisor.resources import kb_dir, kb_overlay_dir
+from advisor.programs import read_programs
+from advisor.resources import kb_dir, kb_overlay_dir, recipes_dir
 from advisor.types import (
     AcceleratorFacts,
     Failure,
@@ -22,6 +24,7 @@ from advisor.types import (
     ModelShape,
     ModelSpec,
     ObjectiveFacts,
+    Program,
     Quantisation,
     Record,
     Source,
@@ -47,6 +50,8 @@ class Knowledge(Record, frozen=True, kw_only=True):
     topics: dict[str, Topic]
     rules: dict[str, dict[str, Any]]
     """File name under kb/rules/ -> its tables; each rule function names the keys that it reads."""
+    programs: dict[str, Program]
+    """Folder name under recipes/ -> the settings that the training program there accepts."""
 
 
 @functools.cache
@@ -72,6 +77,7 @@ def read(*folders: Path) -> Knowledge:
         failures=_tables(folders, "failures.toml", Failure),
         topics=_tables(folders, "topics.toml", Topic),
         rules=_files(folders, "rules/*.toml", dict[str, Any]),
+        programs=read_programs(recipes_dir()),
     )
     _check_sources(knowledge)
     return knowledge

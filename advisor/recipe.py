@@ -12,18 +12,17 @@ import msgspec
 import yaml
 
 from advisor.errors import InputError, UnknownNameError, UsageError
+from advisor.programs import check_value
 from advisor.storage import encode_yaml
 from advisor.types import (
     DatasetProfile,
     Plan,
     PlanModel,
     Program,
-    ProgramKey,
     Recipe,
     RecipeDataset,
     RecipeModel,
     Stage,
-    Value,
 )
 
 HEADER = """\
@@ -31,9 +30,6 @@ HEADER = """\
 # The reason of every setting is in plan.json beside it.
 # Edit the settings and run it again: ftadvisor run FOLDER
 """
-KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "list": (list,), "table": (dict,),
-}  # fmt: skip
 
 
 def recipes_of(plan: Plan, *, packages: Mapping[str, str], seed: int) -> tuple[Recipe, ...]:
@@ -124,23 +120,7 @@ def check(recipe: Recipe, program: Program) -> None:
     for key, value in recipe.settings.items():
         if key not in program.keys:
             raise UnknownNameError(f"setting of {recipe.program}", key, program.keys, see)
-        _check_value(key, value, program.keys[key], see)
+        check_value(key, value, program.keys[key], see)
     missing = [key for key, facts in program.keys.items() if facts.required and key not in recipe.settings]
     if missing:
         raise UsageError(f"The recipe lacks {', '.join(missing)}.", see)
-
-
-def _check_value(key: str, value: Value, facts: ProgramKey, see: str) -> None:
-    if value is None and not facts.required:
-        return
-    is_bool = isinstance(value, bool)
-    if not isinstance(value, KINDS[facts.type]) or is_bool != (facts.type == "bool"):
-        raise UsageError(f"{key} = {value!r} must be of type {facts.type}.", see)
-    if facts.choices and value not in facts.choices:
-        raise UnknownNameError(f"value of {key}", str(value), facts.choices, see)
-    if not isinstance(value, int | float):
-        return
-    if not ((facts.low is None or value >= facts.low) and (facts.high is None or value <= facts.high)):
-        low = "any" if facts.low is None else f"{facts.low:g}"
-        high = "any" if facts.high is None else f"{facts.high:g}"
-        raise UsageError(f"{key} = {value} must lie between {low} and {high}.", see)

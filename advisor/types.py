@@ -526,6 +526,8 @@ class ProgramKey(Record, frozen=True, kw_only=True):
     high: float | None = None
     choices: tuple[str, ...] = ()
     required: bool = False
+    tuners: tuple[str, ...] = ()
+    """Tuners that read it; empty: all."""
     doc: str = ""
 
 

@@ -11,9 +11,8 @@ from advisor.cli import options
 from advisor.cli.output import print_json, print_text
 from advisor.explain import explain as explain_topic
 from advisor.knowledge import load
-from advisor.resources import recipes_dir
 from advisor.storage import read_record
-from advisor.types import Explanation, Plan, Program
+from advisor.types import Explanation, Plan
 
 
 class ExplainAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,16 +30,10 @@ def explain(topic: str, *, as_json: bool) -> None:
     """Explain a method, a setting, a warning, a term or a run folder, with its sources."""
     plan_file = Path(topic) / "plan.json"
     is_run = plan_file.is_file()
-    found = read_record(plan_file, Plan) if is_run else explain_topic(topic, load(), _programs())
+    found = read_record(plan_file, Plan) if is_run else explain_topic(topic, load())
     if as_json:
         print_json(ExplainAnswer(explanation=found))
         return
     from advisor.ui import advice, render
 
     print_text(advice.plan(found, expert=True) if isinstance(found, Plan) else render.explanation(found))
-
-
-def _programs() -> dict[str, Program]:
-    """The settings that each training program accepts."""
-    files = sorted(recipes_dir().glob("*/program.toml"))
-    return {file.parent.name: msgspec.toml.decode(file.read_bytes(), type=Program) for file in files}

@@ -43,6 +43,9 @@ hardware = click.option(
 _PLANNING = (
     model,
     click.option("--data", multiple=True, help="File, folder or hub id; repeatable; name=path names a task."),
+    click.option(
+        "--earlier", multiple=True, help="Data of what must not be forgotten: replayed in part and measured."
+    ),
     click.option("--goal", default="", help="What you want, in your own words."),
     click.option("--deploy", default="", help="Where it must run afterwards, for example 'laptop, Ollama'."),
     click.option("--commercial/--no-commercial", default=None, help="Will it be used commercially?"),

@@ -106,7 +106,7 @@ def _stages(
         return (), (), ""
     changes = advice.situation.scenario.overrides
     made = {s.objective: stage_sheet(s, option, advice, option.fit, knowledge) for s in option.fit.stages}
-    own.check_names(changes, {name: sheet for name, (sheet, _) in made.items()})
+    own.check_names(changes, {name: sheet for name, (sheet, _) in made.items()}, option.proposal, knowledge)
     stages, strange, over = [], [], ""
     for fitted in option.fit.stages:
         sheet, time = made[fitted.objective]

@@ -7,7 +7,8 @@ merely unusual.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
@@ -15,9 +16,10 @@ from advisor.errors import UnknownNameError, UsageError
 from advisor.knowledge import Knowledge
 from advisor.plan.learning_rate import rate_facts
 from advisor.plan.settings import Sheet
+from advisor.programs import check_value
 from advisor.recommend.gates import Proposal
 from advisor.recommend.situation import rule
-from advisor.types import MemorySettings, Objective, Value
+from advisor.types import MemorySettings, Objective, ProgramKey, Value
 
 MEMORY_KEYS = {
     "micro_batch": "micro_batch", "lora_r": "lora_r", "gradient_checkpointing": "gradient_checkpointing",
@@ -35,19 +37,43 @@ MAY_BE_ZERO = frozenset(
 """Where zero means `none of it`; any other number must be positive."""
 
 
-def check_names(overrides: Mapping[str, Value], sheets: Mapping[str, Sheet]) -> None:
-    """Refuse a setting that no stage has.
+NOT_BY_HAND = frozenset({"cpu_offload"})
+"""Settings that only a plan can give: what they ask for is decided together with much else."""
+
+
+def check_names(
+    overrides: Mapping[str, Value],
+    sheets: Mapping[Objective, Sheet],
+    proposal: Proposal,
+    knowledge: Knowledge,
+) -> None:
+    """Refuse a setting that no stage has and no program of the plan would read.
 
     Raises:
         UnknownNameError: with the nearest valid names.
     """
-    known = {name for sheet in sheets.values() for name in sheet.settings}
+    names = {
+        str(objective): {*sheet.settings, *_more_keys(objective, proposal, knowledge)}
+        for objective, sheet in sheets.items()
+    }
+    known = {name for stage in names.values() for name in stage}
     for key in overrides:
         stage, _, name = key.rpartition(".")
-        if stage and stage not in sheets:
-            raise UnknownNameError("stage", stage, sheets, "The stages of this plan: " + ", ".join(sheets))
-        if name not in (sheets[stage].settings if stage else known):
+        if stage and stage not in names:
+            raise UnknownNameError("stage", stage, names, "The stages of this plan: " + ", ".join(names))
+        if name not in (names[stage] if stage else known):
             raise UnknownNameError("setting", name, known, "ftadvisor explain topics")
+
+
+def _more_keys(objective: Objective, proposal: Proposal, knowledge: Knowledge) -> dict[str, ProgramKey]:
+    """Return what the program of a stage reads with this tuner, whether the advice says anything of it."""
+    program = knowledge.programs.get(knowledge.objectives[objective].program)
+    keys = program.keys if program else {}
+    return {
+        name: facts
+        for name, facts in keys.items()
+        if name not in NOT_BY_HAND and (not facts.tuners or proposal.tuner in facts.tuners)
+    }
 
 
 def apply(
@@ -60,19 +86,66 @@ def apply(
     """Apply the overrides of one stage; return those outside the sourced range, in words.
 
     Raises:
-        UsageError: a value of another kind than the setting has.
+        UsageError: a value that the setting cannot have, or two that do not go together.
     """
     strange: list[str] = []
+    keys, chosen = _more_keys(objective, proposal, knowledge), set[str]()
     for key, value in sorted(overrides.items()):
         stage, _, name = key.rpartition(".")
-        if (stage and stage != objective) or name not in sheet.settings:
+        if (stage and stage != objective) or name not in {*sheet.settings, *keys}:
             continue
-        advised = sheet.settings[name]
-        value = _same_kind(name, value, advised)
+        advised = sheet.settings.get(name)
+        value = _same_kind(name, value, advised) if advised is not None else _as_the_key(value, keys[name])
+        if name in keys:
+            check_value(name, value, keys[name], f"See: ftadvisor explain {name}")
         if words := _outside(name, value, objective, proposal, knowledge):
             strange.append(words)
-        sheet.put(name, value, f"set by you; the advice was {advised}", sheet.why[name].source)
+        if advised is None:
+            sheet.say(name, "by_hand", value=value)
+        else:
+            sheet.put(name, value, f"set by you; the advice was {advised}", sheet.why[name].source)
+        chosen.add(name)
+    _follow(sheet, chosen)
     return strange
+
+
+def _as_the_key(value: Value, facts: ProgramKey) -> Value:
+    """Return a value in the form of the key: one word for a list is a list, words with commas are several."""
+    if facts.type == "list" and isinstance(value, str):
+        return [word.strip() for word in value.split(",") if word.strip()]
+    if facts.type == "str" and isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:g}"
+    return value
+
+
+def _follow(sheet: Sheet, chosen: Collection[str]) -> None:
+    """Move what hangs on a batch that the person set, so that the program can still run.
+
+    Raises:
+        UsageError: both batches were set, and one is not a multiple of the other.
+    """
+    if "micro_batch" in chosen and "per_step_batch" in sheet.settings:
+        sheet.say("per_step_batch", "per_step_batch", value=sheet.settings["micro_batch"])
+    if not {"micro_batch", "effective_batch", "num_generations"} & set(chosen):
+        return
+    micro, effective, group = (
+        value if isinstance(value := sheet.settings.get(name, 1), int) else 1
+        for name in ("micro_batch", "effective_batch", "num_generations")
+    )
+    if effective % micro == 0 and effective % group == 0:
+        return
+    if "effective_batch" not in chosen:
+        unit = math.lcm(micro, group)
+        sheet.say("effective_batch", "batch_follows", value=max(1, round(effective / unit)) * unit)
+    elif "micro_batch" not in chosen and effective % group == 0:
+        largest = max(n for n in range(1, micro + 1) if effective % n == 0)
+        sheet.say("micro_batch", "batch_follows", value=largest)
+    else:
+        raise UsageError(
+            f"effective_batch {effective} is not a multiple of micro_batch {micro}"
+            + (f" and of num_generations {group}." if group > 1 else "."),
+            "Set them so that it is, or leave effective_batch away.",
+        )
 
 
 def _same_kind(name: str, value: Value, advised: Value) -> Value:

@@ -205,22 +205,17 @@ def _mixture(sheet: Sheet, stage: StageFit, advice: Advice, knowledge: Knowledge
         sheet.say("mixing_temperature", "mixing_temperature", value=rules["temperature"])
     if situation.tenants > 1:
         sheet.say("same_rank_for_all", "same_rank_for_all", value=True)
-    if stage.objective == "cpt" and stage.rank and new_language(situation, knowledge):
-        factor = rule(knowledge, "settings", "embeddings")["learning_rate_factor"]
-        rate = float(f"{_number(sheet, 'learning_rate') * factor:.2g}")
-        sheet.say("train_embeddings", "train_embeddings", value=True)
-        sheet.say("embedding_learning_rate", "embedding_learning_rate", value=rate)
 
 
 def replay(objective: str, situation: Situation, knowledge: Knowledge) -> tuple[float, str]:
     """(share of old or general data to mix in, key of its reason); 0 without old data to take it from."""
     rules = rule(knowledge, "data", "replay")
-    if objective == "cpt":
-        key = "new_language" if new_language(situation, knowledge) else "same_language"
-    elif objective == "sft" and situation.earlier:
+    if not situation.earlier or objective not in ("cpt", "sft"):
+        return 0.0, ""
+    if objective == "sft":
         key = "earlier_task"
     else:
-        return 0.0, ""
+        key = "new_language" if new_language(situation, knowledge) else "same_language"
     return float(rules[key]), f"replay_{key}"
 
 

@@ -176,8 +176,9 @@ def replay_mix(case: Case, knowledge: Knowledge) -> Values:
         share, _ = replay(stage.objective, case.situation, knowledge)
         if share:
             return {"detail": f"{share:.0%} of the training rows"}
-    wanted = case.situation.wish("must_not_forget") or case.situation.task_kind == "continual"
-    return {} if wanted else None
+    if case.situation.wish("must_not_forget") or case.situation.task_kind == "continual":
+        return {}
+    return {"severity": "should"} if "cpt" in case.objectives else None
 
 
 def forgetting(case: Case, knowledge: Knowledge) -> Values:
@@ -207,7 +208,7 @@ def tokenizer_fertility(case: Case, knowledge: Knowledge) -> Values:
 
 
 def train_embeddings(case: Case, knowledge: Knowledge) -> Values:
-    """A new language needs new word vectors."""
+    """A new language needs new word vectors, which adapters leave as they are."""
     return {} if "cpt" in case.objectives and new_language(case.situation, knowledge) else None
 
 

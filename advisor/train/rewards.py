@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
@@ -26,6 +27,8 @@ from advisor.types import Recipe, RecipeModel
 Reward = Callable[..., list[float]]
 """Called with prompts, completions (a list of one message each), completion_ids and the columns of the data;
 returns one mark for each completion."""
+AGAINST_ANSWER = ("exact_match", "number_match", "contains", "checks")
+"""Functions that read the answer of the row."""
 NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
 
 
@@ -71,13 +74,15 @@ def rewards_of(
 
 def _checked(name: str, settings: ReinforcementSettings, *, answered: bool) -> Reward:
     """Return one of the built-in functions."""
-    if name in ("exact_match", "number_match", "contains") and not answered:
+    if name in AGAINST_ANSWER and not answered:
         raise RefusedError(
             f"The reward {name} compares with an answer, and some prompts come without one.",
             "Give prompts with answers, or another of reward_functions.",
         )
     if name == "regular_expression" and settings.reward_pattern is None:
         raise RefusedError("The reward regular_expression needs reward_pattern.", "Set it in the recipe.")
+    if name == "json_schema" and settings.reward_schema is None:
+        raise RefusedError("The reward json_schema needs reward_schema.", "Set it in the recipe.")
     mark = _marks(settings)[name]
 
     def reward(completions: list[Any], **columns: Any) -> list[float]:
@@ -89,7 +94,7 @@ def _checked(name: str, settings: ReinforcementSettings, *, answered: bool) -> R
 
 
 def _marks(settings: ReinforcementSettings) -> dict[str, Callable[[str, str], float]]:
-    pattern = re.compile(settings.reward_pattern or "", re.DOTALL)
+    pattern, schema = _pattern(settings.reward_pattern or ""), _schema(settings.reward_schema or "{}")
     length = settings.reward_length
     return {
         "exact_match": lambda text, answer: float(_plain(text) == _plain(answer)),
@@ -98,7 +103,11 @@ def _marks(settings: ReinforcementSettings) -> dict[str, Callable[[str, str], fl
             _number(text) is not None and _number(text) == _number(answer)
         ),
         "regular_expression": lambda text, _: float(pattern.search(text) is not None),
-        "valid_json": lambda text, _: float(_is_json(text)),
+        "valid_json": lambda text, _: float(_as_json(text) is not NO_JSON),
+        "json_schema": lambda text, _: float(
+            (value := _as_json(text)) is not NO_JSON and schema.is_valid(value)
+        ),
+        "checks": _share_of_checks,
         "length": lambda text, _: math.exp(-abs(len(text.split()) - length) / max(length, 1)),
     }
 
@@ -117,12 +126,78 @@ def _number(text: str) -> str | None:
     return found[-1].replace(",", "") if found else None
 
 
-def _is_json(text: str) -> bool:
+NO_JSON = object()
+
+
+def _as_json(text: str) -> object:
+    """Return the value that a text writes as JSON, `NO_JSON` where it writes none."""
     try:
-        json.loads(text)
+        return json.loads(text)
     except ValueError:
-        return False
-    return True
+        return NO_JSON
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """Return the regular expression of the recipe.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return re.compile(text, re.DOTALL)
+    except re.error as problem:
+        raise InputError(
+            f"reward_pattern {text!r} is no regular expression: {problem}.", "Correct it in the recipe."
+        ) from problem
+
+
+def _schema(text: str) -> Any:
+    """Return what validates against the JSON schema of the recipe.
+
+    Raises:
+        InputError: it is not JSON, or no schema.
+    """
+    try:
+        schema = json.loads(text)
+        kind = jsonschema.validators.validator_for(schema)
+        kind.check_schema(schema)
+    except (ValueError, jsonschema.SchemaError) as problem:
+        raise InputError(
+            f"reward_schema is no JSON schema: {str(problem).splitlines()[0]}.", "Correct it in the recipe."
+        ) from problem
+    return kind(schema)
+
+
+CHECKS: dict[str, Callable[[str, str], bool]] = {
+    "equals": lambda text, wanted: _plain(text) == _plain(wanted),
+    "contains": lambda text, wanted: _plain(wanted) in _plain(text),
+    "lacks": lambda text, wanted: _plain(wanted) not in _plain(text),
+    "matches": lambda text, wanted: _pattern(wanted).search(text) is not None,
+    "number": lambda text, wanted: _number(text) is not None and _number(text) == _number(wanted),
+}
+"""What one check of the reward `checks` may ask of an answer."""
+
+
+def _share_of_checks(text: str, answer: str) -> float:
+    """Return which share of the checks of a row the answer passes, as a suite of unit tests does.
+
+    Raises:
+        InputError: the answer of the row is no list of checks.
+    """
+    found = _as_json(answer)
+    tests = [
+        (CHECKS[name], str(wanted))
+        for one in (found if isinstance(found, list) else [])
+        if isinstance(one, dict)
+        for name, wanted in one.items()
+        if name in CHECKS
+    ]
+    if not isinstance(found, list) or not tests or len(tests) != len(found):
+        raise InputError(
+            f"The reward checks needs a list of checks as the answer of a row, not {answer[:80]!r}.",
+            f'For example [{{"contains": "Oslo"}}, {{"lacks": "sorry"}}]; there are {", ".join(CHECKS)}.',
+        )
+    return sum(test(text, wanted) for test, wanted in tests) / len(tests)
 
 
 def _own(file: Path) -> Reward:

@@ -118,10 +118,20 @@ class ReinforcementSettings(Settings, frozen=True, kw_only=True):
     max_completion_length: int = 256
     temperature: float = 1.0
     reward_functions: list[
-        Literal["exact_match", "contains", "number_match", "regular_expression", "valid_json", "length"]
+        Literal[
+            "exact_match",
+            "contains",
+            "number_match",
+            "checks",
+            "regular_expression",
+            "valid_json",
+            "json_schema",
+            "length",
+        ]
     ] = []
     reward_weights: list[float] = []
     reward_pattern: str | None = None
+    reward_schema: str | None = None
     reward_length: int = 50
     reward_file: str | None = None
     reward_model: str | None = None

@@ -157,6 +157,8 @@ def command_of(inputs: Inputs) -> list[str]:
             words += [f"--{name}", value]
     for source in inputs.data:
         words += ["--data", source]
+    for source in inputs.earlier:
+        words += ["--earlier", source]
     if inputs.commercial is not None:
         words.append("--commercial" if inputs.commercial else "--no-commercial")
     if inputs.must_not_forget:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from advisor.errors import UnknownNameError
 from advisor.explain import SECTIONS, explain
 from advisor.knowledge import Knowledge, read
-from advisor.resources import kb_dir, recipes_dir
-from advisor.types import Explanation, Program
+from advisor.resources import kb_dir
+from advisor.types import Explanation
 
 KNOWN = read(kb_dir())
 WITHOUT_THINGS: Knowledge = msgspec.structs.replace(KNOWN, accelerators={}, models={})
@@ -171,12 +171,10 @@ def test_a_method_that_is_not_offered_names_its_stand_in(asked: str, other: str)
 
 def test_every_setting_of_every_program_is_explained() -> None:
     """What can be set can be asked about: from kb/ where it stands there, else from the program's file."""
-    files = sorted(recipes_dir().glob("*/program.toml"))
-    programs = {file.parent.name: msgspec.toml.decode(file.read_bytes(), type=Program) for file in files}
-    assert programs
-    for program in programs.values():
+    assert KNOWN.programs
+    for program in KNOWN.programs.values():
         for key in program.keys:
-            assert explain(key, KNOWN, programs).plain
-    facts = dict(explain("lora_dropout", KNOWN, programs).facts)
+            assert explain(key, KNOWN).plain
+    facts = dict(explain("lora_dropout", KNOWN).facts)
     assert facts["type"] == "float"
     assert "sft" in facts["read by"]

@@ -18,7 +18,9 @@ from advisor.knowledge import Knowledge, read
 from advisor.resources import kb_dir
 
 KNOWN: Knowledge = read(kb_dir())
-SECTIONS = {name: getattr(KNOWN, name) for name in Knowledge.__struct_fields__ if name != "rules"}
+SECTIONS = {
+    name: getattr(KNOWN, name) for name in Knowledge.__struct_fields__ if name not in ("rules", "programs")
+}
 FOLDERS = ("", "hardware", "models", "methods", "tuners")
 FILES = [path for folder in FOLDERS for path in sorted((kb_dir() / folder).glob("*.toml"))]
 ONE_EACH = list({path.name if path.parent == kb_dir() else path.parent: path for path in FILES}.values())

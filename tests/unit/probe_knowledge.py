@@ -40,6 +40,7 @@ def small_knowledge() -> Knowledge:
             for key, (vendor, name, memory, aliases) in _CARDS.items()
         },
         models={}, objectives={}, tuners={}, quantisations={}, warnings={}, failures={}, topics={},
+        programs={},
         rules={
             name: tomllib.loads((RULES / f"{name}.toml").read_text(encoding="utf-8"))
             for name in ("probe", "platform")

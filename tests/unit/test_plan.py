@@ -109,20 +109,19 @@ def test_earlier_tasks_are_replayed() -> None:
     assert {"forgetting", "replay_mix"} <= codes(made)
 
 
-def test_a_new_language_trains_its_words() -> None:
-    """Embeddings at a tenth of the rate, a quarter of replay."""
-    made = plan(
-        {"kind": "raw_text", "size_mb": 2000, "languages": ["rw"]}, model="auto", text="speak Kinyarwanda"
-    )
+def test_a_new_language_is_warned_about() -> None:
+    """Its words need vectors of their own, which is told; old text is mixed in only where there is some."""
+    text = {"kind": "raw_text", "size_mb": 2000, "languages": ["rw"]}
+    made = plan(text, model="auto", text="speak Kinyarwanda")
     settings = made.stages[0].settings
     assert chain(made) == ["cpt"]
-    assert settings["replay_fraction"] == 0.25
     assert settings["loss_on"] == "all"
-    assert {"tokenizer_fertility", "train_embeddings"} <= codes(made)
-    if made.method != "full":
-        assert settings["embedding_learning_rate"] == pytest.approx(
-            float(str(settings["learning_rate"])) / 10
-        )
+    assert "replay_fraction" not in settings
+    assert {"tokenizer_fertility", "train_embeddings", "replay_mix"} <= codes(made)
+    old = {"kind": "raw_text", "size_mb": 200, "name": "old", "role": "earlier_task"}
+    again = plan(text, old, model="auto", text="speak Kinyarwanda").stages[0]
+    assert again.settings["replay_fraction"] == 0.25
+    assert again.datasets[-1] == "old"
 
 
 @pytest.mark.parametrize(
@@ -241,6 +240,61 @@ def test_a_wrong_override_is_a_usage_error(
     with pytest.raises(error) as caught:
         plan(rows(), overrides=overrides)
     assert named in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "setting", "value"),
+    [
+        ("preference", "lora+dpo", "dpo_loss", "ipo"),
+        ("preference", "lora+dpo", "label_smoothing", 0.1),
+        ("prompts_with_answers", "lora+grpo", "reward_functions", ["checks", "length"]),
+        ("prompts_with_answers", "lora+grpo", "reward_file", "own.py"),
+        ("prompts_with_answers", "lora+grpo", "reward_pattern", "^42$"),
+        ("instruction", "lora", "lora_init", "pissa"),
+        ("instruction", "prompt_tuning", "init_text", "Speak like a pirate."),
+        ("instruction", "adapter", "bottleneck_style", "pfeiffer"),
+        ("instruction", "adapter", "bottleneck", 8),
+    ],
+)
+def test_every_key_of_a_program_can_be_set(kind: str, method: str, setting: str, value: object) -> None:
+    """Also one of which the advice says nothing."""
+    made = plan(
+        rows(kind), requested_method=method, force=True, overrides={setting: value},
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+    )  # fmt: skip
+    assert made.stages[-1].settings[setting] == value
+    assert "set by you" in made.stages[-1].why[setting].reason
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"virtual_tokens": 8}, "virtual_tokens"),
+        ({"cpu_offload": True}, "cpu_offload"),
+        ({"lora_init": "pizza"}, "pissa"),
+        ({"scheduler": "banana"}, "cosine"),
+        ({"warmup_ratio": 3.0}, "between"),
+        ({"micro_batch": 3, "effective_batch": 8}, "not a multiple"),
+    ],
+)
+def test_what_the_program_would_not_read_is_refused(overrides: dict[str, object], named: str) -> None:
+    """A setting of another tuner, an unknown choice, a value out of range, two that do not go together."""
+    with pytest.raises(UsageError) as caught:
+        plan(rows(), overrides=overrides)
+    assert named in caught.value.message
+
+
+def test_the_batches_move_together() -> None:
+    """KTO's estimate of the drift is made from the batch in memory; a step is made of whole batches."""
+    thumbs = rows("unpaired_preference")
+    settings = plan(thumbs, overrides={"micro_batch": 6}).stages[0].settings
+    assert settings["per_step_batch"] == settings["micro_batch"] == 6
+    assert int(str(settings["effective_batch"])) % 6 == 0
+    settings = plan(rows(), overrides={"effective_batch": 9}).stages[0].settings
+    assert 9 % int(str(settings["micro_batch"])) == 0
+    answered = rows("prompts_with_answers")
+    made = plan(answered, requested_method="lora+grpo", force=True, overrides={"num_generations": 6})
+    assert int(str(made.stages[-1].settings["effective_batch"])) % 6 == 0
 
 
 # --- the whole -----------------------------------------------------------------------------------

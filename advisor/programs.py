@@ -1,0 +1,61 @@
+"""Which settings do the training programs accept, and is a value one of them?
+
+Goes in: recipes/*/program.toml, a value. Comes out: Program records, or the reason why a value is refused.
+Never does: choose a value; load a program.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from advisor.errors import KnowledgeError, UnknownNameError, UsageError
+from advisor.types import Program, ProgramKey, Value
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "list": (list,), "table": (dict,),
+}  # fmt: skip
+
+
+def read_programs(folder: Path) -> dict[str, Program]:
+    """Return the programs of a folder by name.
+
+    Raises:
+        KnowledgeError: a program.toml is not TOML or has an unknown field.
+    """
+    found = {}
+    for file in sorted(folder.glob("*/program.toml")):
+        try:
+            found[file.parent.name] = msgspec.toml.decode(file.read_bytes(), type=Program)
+        except (OSError, UnicodeDecodeError, msgspec.DecodeError) as problem:
+            raise KnowledgeError(f"{file}: {problem}", "Mend the file or install anew.") from problem
+    return found
+
+
+def check_value(key: str, value: Value, facts: ProgramKey, see: str) -> None:
+    """Refuse a value that a program does not accept.
+
+    Args:
+        key: its name.
+        value: None stands for a key that is left out.
+        facts: what the program accepts.
+        see: the remedy of a refusal.
+
+    Raises:
+        UsageError: the value is of another type, no choice (the nearest is named), or out of its range.
+    """
+    if value is None and not facts.required:
+        return
+    is_bool = isinstance(value, bool)
+    if not isinstance(value, KINDS[facts.type]) or is_bool != (facts.type == "bool"):
+        raise UsageError(f"{key} = {value!r} must be of type {facts.type}.", see)
+    for one in value if isinstance(value, list) else [value]:
+        if facts.choices and one not in facts.choices:
+            raise UnknownNameError(f"value of {key}", str(one), facts.choices, see)
+    if not isinstance(value, int | float):
+        return
+    if not ((facts.low is None or value >= facts.low) and (facts.high is None or value <= facts.high)):
+        low = "any" if facts.low is None else f"{facts.low:g}"
+        high = "any" if facts.high is None else f"{facts.high:g}"
+        raise UsageError(f"{key} = {value} must lie between {low} and {high}.", see)
