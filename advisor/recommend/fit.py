@@ -256,7 +256,7 @@ def _tries(
     small = proposal.spec.parameters < rule(knowledge, "choice", "batch")["small_model_below"]
     frees = proposal.facts.gradient_checkpointing
     if not frees or small or situation.machine.device == "cpu":
-        if situation.machine.device == "cpu" and objective == "sft":
+        if situation.machine.device == "cpu" and objective in ("sft", "orpo", "simpo"):
             yield msgspec.structs.replace(first, checkpointing=False, loss="full_logits")
         yield msgspec.structs.replace(first, checkpointing=False)
     if not frees:

@@ -91,8 +91,12 @@ def _run_stage(job: Job, how: How, *, lock: FolderLock, on_event: OnEvent, ask: 
         require_packages(job.recipe)
         check_disk(job)
         fetch_model(job.recipe, offline=how.offline)
-        reader = EventReader(folder / EVENTS, from_end=True)
         rules = thresholds_of(load().rules["policy"])
+        attempt = newest_attempt(job)
+        start = (attempt, _first_state(job, attempt, how, rules))
+        if not _began(job):
+            start = probe_first(job, start, rules, events, on_event, wanted=how.probe)
+        reader = EventReader(folder / EVENTS, from_end=True)
         follower = Follower(folder, events, reader, rules, on_event=on_event, ask=ask)
         warnings = drift(job, data)
 
@@ -106,10 +110,6 @@ def _run_stage(job: Job, how: How, *, lock: FolderLock, on_event: OnEvent, ask: 
             while warnings:
                 events.write("warning", message=warnings.pop(0))
 
-        attempt = newest_attempt(job)
-        start = (attempt, _first_state(job, attempt, how, rules))
-        if not _began(job):
-            start = probe_first(job, start, rules, events, on_event, wanted=how.probe)
         started = time.monotonic()
         error = _attempts(job, start, follower, lock=lock, told=told)
         status = _status(error)

@@ -6,21 +6,25 @@ computed once, before the first step)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head
 
 from advisor.train.model import DTYPES
 from advisor.train.pairs import Judged, open_judged, pair_table
 from advisor.train.session import Session, carry_out, open_model, open_tokenizer, trainer_arguments
 from advisor.train.settings import Settings
+from advisor.train.trainer import IGNORED, pad_multiple
 from advisor.train.tuners import trained_to_fp32
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -35,9 +39,13 @@ def train_without_reference(session: Session, settings: Settings, pair_loss: Los
     model = open_model(session, settings, tokenizer, ending)
     if session.recipe.tuner != "full":
         trained_to_fp32(model)
+    chunked = settings.loss == "chunked"
+    if chunked:
+        add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
     trainer = PairTrainer(
         pair_loss=pair_loss,
-        pad_id=ending.pad_id,
+        collate=collator(settings, pad_id=ending.pad_id),
+        chunked=chunked,
         model=model,
         args=TrainingArguments(**trainer_arguments(session.recipe, settings), remove_unused_columns=False),
         train_dataset=session.rows(pair_table(data.train), settings),
@@ -72,9 +80,10 @@ class ReadyRewardTrainer(ReadyRows, RewardTrainer):  # type: ignore[misc]  # trl
 class PairTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     """Trains on pairs with a loss of their log-probabilities alone."""
 
-    def __init__(self, *, pair_loss: Loss, pad_id: int, **rest: Any) -> None:
-        super().__init__(data_collator=DataCollatorForPreference(pad_token_id=pad_id), **rest)
+    def __init__(self, *, pair_loss: Loss, collate: Any, chunked: bool, **rest: Any) -> None:
+        super().__init__(data_collator=collate, **rest)
         self.pair_loss = pair_loss
+        self.chunked = chunked
         # The loss is a mean over pairs, so the trainer must divide it by the accumulated batches.
         self.model_accepts_loss_kwargs = False
 
@@ -86,15 +95,48 @@ class PairTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Return the mean loss of the pairs."""
-        sums, lengths = answer_logps(model, inputs)
+        sums, lengths = answer_logps(model, inputs, chunked=self.chunked)
         (chosen, rejected), (long, short) = sums.chunk(2), lengths.chunk(2)
         return self.pair_loss(chosen, rejected, long, short)
 
 
-def answer_logps(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed log-probability of each answer (2 x batch,) and its number of tokens."""
+def collator(settings: Settings, *, pad_id: int) -> DataCollatorForPreference:
+    """Return what makes a batch of pairs: prompts and answers joined, padded as the trainer of SFT pads."""
+    return DataCollatorForPreference(pad_token_id=pad_id, pad_to_multiple_of=pad_multiple(settings))
+
+
+@contextlib.contextmanager
+def chunked_head(model: Any) -> Iterator[None]:
+    """Give a model TRL's head that never holds all logits, for a while.
+
+    The trainer's own one is gone once the model is unwrapped to be saved."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    before = vars(base).get("forward")
+    add_fused_lm_head(base)
+    try:
+        yield
+    finally:
+        del base.forward
+        if before is not None:
+            base.forward = before
+
+
+def answer_logps(
+    model: torch.nn.Module, batch: dict[str, Any], *, chunked: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed log-probability of each answer (2 x batch,) and its number of tokens.
+
+    Args:
+        model: a language model; for `chunked` with TRL's head that never holds all logits.
+        batch: as `collator` makes it.
+        chunked: compute the logits tile by tile.
+    """
     ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
-    logits = model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
+    attended = {"input_ids": ids, "attention_mask": batch["attention_mask"], "use_cache": False}
+    if chunked:
+        labels = ids.masked_fill(batch["completion_mask"] == 0, IGNORED)
+        return model(**attended, labels=labels, fused_lm_head=True).log_probs.sum(1), mask.sum(1)
+    logits = model(**attended).logits[:, :-1]
     # Only where an answer is: a whole row of fp32 logits would be several times the size of everything else.
     picked = functional.cross_entropy(logits[mask].float(), ids[:, 1:][mask], reduction="none")
     each = torch.zeros(mask.shape, dtype=picked.dtype, device=picked.device).masked_scatter(mask, -picked)
@@ -180,7 +222,7 @@ class HeldOutPairs:
         self._rows = [
             {"prompt_ids": row.prompt, "chosen_ids": row.chosen, "rejected_ids": row.rejected} for row in rows
         ]
-        self._collate = DataCollatorForPreference(pad_token_id=pad_id)
+        self._collate = collator(settings, pad_id=pad_id)
         self._before = self._logps()
 
     def __call__(self) -> dict[str, float | None]:
@@ -202,7 +244,10 @@ class HeldOutPairs:
         return self._logps()[0] - self._before[0]
 
     def _logps(self) -> torch.Tensor:
-        parts = [answer_logps(self._trainer.model, batch)[0].view(2, -1) for batch in self._batches()]
+        chunked = self._settings.loss == "chunked"
+        model = self._trainer.model
+        with chunked_head(model) if chunked else contextlib.nullcontext():
+            parts = [answer_logps(model, batch, chunked=chunked)[0].view(2, -1) for batch in self._batches()]
         return torch.cat(parts, dim=1).float().cpu() if parts else torch.zeros(2, 0)
 
     def _batches(self) -> Iterable[dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -155,7 +156,9 @@ def carry_out(
     place = save_result(trainer, tokenizer, session.recipe, settings, measure=measure)
     at = begin.step if chosen else trainer.state.max_steps
     events.write("heldout", when="after", step=at, **place.measured)
-    events.write("done", artefact=place.name, bytes=place.bytes, **peak_memory())
+    events.write(
+        "done", artefact=place.name, bytes=place.bytes, cpu_seconds=time.process_time(), **peak_memory()
+    )
     return DONE
 
 

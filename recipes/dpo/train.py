@@ -35,6 +35,7 @@ from advisor.train.session import (
     trainer_arguments,
 )
 from advisor.train.settings import DpoSettings, read_settings
+from advisor.train.trainer import pad_multiple
 from advisor.train.tuners import trained_to_fp32
 
 
@@ -56,6 +57,7 @@ def train(session: Session) -> int:
             label_smoothing=settings.label_smoothing,
             max_length=settings.max_seq_len,
             precompute_ref_log_probs=True,
+            pad_to_multiple_of=pad_multiple(settings),
         ),
         train_dataset=session.rows(pair_table(data.train), settings),
         processing_class=tokenizer,

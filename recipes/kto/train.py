@@ -35,6 +35,7 @@ from advisor.train.session import (
     trainer_arguments,
 )
 from advisor.train.settings import KtoSettings, read_settings
+from advisor.train.trainer import pad_multiple
 from advisor.train.tuners import trained_to_fp32
 
 
@@ -54,6 +55,7 @@ def train(session: Session) -> int:
             undesirable_weight=settings.undesirable_over_desirable_weight,
             max_length=settings.max_seq_len,
             precompute_ref_log_probs=True,
+            pad_to_multiple_of=pad_multiple(settings),
             train_sampling_strategy="sequential",
         ),
         train_dataset=session.rows(marked_table(data.train, batch=settings.micro_batch), settings),

@@ -35,6 +35,7 @@ from advisor.train.session import (
     trainer_arguments,
 )
 from advisor.train.settings import RewardSettings, read_settings
+from advisor.train.trainer import pad_multiple
 from advisor.train.tuners import trained_to_fp32
 
 
@@ -47,7 +48,11 @@ def train(session: Session) -> int:
     model = open_model(session, settings, tokenizer, ending, task="SEQ_CLS")
     trainer = ReadyRewardTrainer(
         model=model,
-        args=RewardConfig(**trainer_arguments(recipe, settings), max_length=settings.max_seq_len),
+        args=RewardConfig(
+            **trainer_arguments(recipe, settings),
+            max_length=settings.max_seq_len,
+            pad_to_multiple_of=pad_multiple(settings),
+        ),
         train_dataset=session.rows(whole_table(data.train), settings),
         processing_class=tokenizer,
     )

@@ -129,6 +129,26 @@ def test_it_trains_as_many_weights_as_the_plan_says(
     assert events_of(done(objective, tuner), "model")[0]["trainable_parameters"] == wanted
 
 
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_the_loss_in_chunks_is_the_same(
+    done: Any, objective: str, tiny_model: Path, files: Any, tmp_path: Path
+) -> None:
+    """Tile by tile or with all logits at once: the same figures before, in and after training."""
+    data, kind = files[objective]
+    folder = make_run(
+        tmp_path / "run", tuner="full", model=tiny_model, data=data, kind=kind, objective=objective,
+        weight_bits=32, learning_rate=1e-3, loss="chunked", **MORE.get(objective, {}),
+    )  # fmt: skip
+    assert run_here(folder) == 0, events_of(folder, "error")
+    whole = done(objective, "full")
+    losses = [[step["loss"] for step in events_of(one, "step")] for one in (whole, folder)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for when in ("before", "after"):
+        found, wanted = heldout(folder)[when], heldout(whole)[when]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
+        assert found["margin"] == pytest.approx(wanted["margin"], rel=1e-2, abs=1e-4)
+
+
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto", "reward"])
 def test_it_resumes_exactly(done: Any, objective: str, tmp_path: Path) -> None:
     """From the checkpoint of step 4 on, the same bits; also the reference is the one of the beginning."""
