@@ -1,7 +1,7 @@
 """Does every family, tied or not, with either tokenizer, become a right file, equal to the converter's?
 
 `python benchmarks/export_matrix.py --llama-cpp DIR [--only FAMILY]`: DIR holds convert_hf_to_gguf.py, for
-example of the source package of the installed llama-cpp-python. Prints two tables in Markdown; keep them
+example of the source package of the installed llama-cpp-python. Prints tables in Markdown; keep them
 under benchmarks/results/. The first is what `verify` measures; the second how many tensors equal, byte for
 byte, those of the official converter (in Q4_K_M those of llama.cpp's quantiser on the converter's F32 file).
 """
@@ -50,6 +50,14 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
 """
 
 
+OTHERS: dict[str, dict[str, int | bool]] = {
+    "StableLmConfig": {}, "MixtralConfig": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "CohereConfig": {"tie_word_embeddings": True}, "Starcoder2Config": {}, "OlmoConfig": {},
+    "Glm4Config": {"head_dim": 64},
+}  # fmt: skip
+"""Not written here: through the converter, with the tokenizer that is."""
+
+
 def combinations(only: str | None) -> list[tuple[str, bool, bool]]:
     """Return family, tied, SentencePiece-style for every model of the matrix."""
     from families import FAMILIES
@@ -91,6 +99,45 @@ def proved(folder: Path, family: str, *, tied: bool, spm: bool) -> str:
     cells += [f"{texts} alike" if kinds["token_ids"] == {True} else "DIFFERENT"]
     cells += ["alike" if kinds["chat_template"] | kinds["special_tokens"] == {True} else "DIFFERENT"]
     return " | ".join(cells) + " |"
+
+
+def through_converter(work: Path, llama_cpp: Path) -> None:
+    """Print the table of architectures that the converter writes for us."""
+    import torch
+    import transformers
+
+    from advisor.errors import AdvisorError
+    from advisor.export import export_model
+    from advisor.verify import verify_gguf
+    from families import USUAL, make_family, randomise
+
+    quants = ("F32", "F16", "Q8_0", "Q4_K_M")
+    print("\n## Other architectures, through the converter: largest difference of a logit\n")
+    print("| configuration | " + " | ".join(quants) + " |\n" + "|---" * (len(quants) + 1) + "|")
+    for name, more in OTHERS.items():
+        folder = make_family(work / name, "llama", tied=False)
+        usual = USUAL | {
+            "vocab_size": 512, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 2,
+            "pad_token_id": 0,
+        }  # fmt: skip
+        made = getattr(transformers, name)(**(usual | more))
+        model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+        randomise(model, small=False)
+        model.save_pretrained(folder)
+        cells = []
+        try:
+            for file in export_model(folder, quants=quants, llama_cpp=llama_cpp).files:
+                proof = verify_gguf(Path(file.path), against=folder)
+                failed = "; ".join(
+                    f"{check.name}: {check.evidence}" for check in proof.checks if not check.passed
+                )
+                delta = next(
+                    check.measured.get("max_delta") for check in proof.checks if check.name == "logits"
+                )
+                cells.append(f"{float(delta or 0):.2g}" + (f" FAILED {failed}" if failed else ""))
+        except AdvisorError as refused:
+            cells = [f"refused: {refused.message}", *[""] * (len(quants) - 1)]
+        print(f"| {name.removesuffix('Config')} | " + " | ".join(cells) + " |", flush=True)
 
 
 def official(folders: list[Path], llama_cpp: Path, work: Path) -> dict[str, str]:
@@ -156,7 +203,7 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--llama-cpp", type=Path, required=True)
-    parser.add_argument("--only", help="One family.")
+    parser.add_argument("--only", help="One family, or `others`.")
     given = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     print(f"# Families, {time.strftime('%Y-%m-%d')}")
@@ -176,6 +223,8 @@ def main() -> None:
         failed = official(list(rows.values()), given.llama_cpp.resolve(), Path(place))
         for words, folder in rows.items():
             print(f"| {words[0]} | {words[1]} | {equal(folder, failed)} |", flush=True)
+        if given.only is None or given.only == "others":
+            through_converter(Path(place), given.llama_cpp.resolve())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from advisor.cli import options
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.errors import VerificationError
 from advisor.export import export_model
+from advisor.intake import own_cache_dir
 from advisor.run.page import write_page
 from advisor.storage import read_record
 from advisor.types import Export, Plan, Verification
@@ -39,13 +40,27 @@ class ExportAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--quant", help=QUANT_HELP)
 @options.out
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Prove each GGUF file.")
+@click.option(
+    "--llama-cpp", type=options.FILE, help="Checkout of llama.cpp, for architectures not known here."
+)
 @options.offline
 @options.as_json
 def export(
-    source: Path, to: str, quant: str | None, out: Path | None, *, verify: bool, offline: bool, as_json: bool
+    source: Path,
+    to: str,
+    quant: str | None,
+    out: Path | None,
+    llama_cpp: Path | None,
+    *,
+    verify: bool,
+    offline: bool,
+    as_json: bool,
 ) -> None:
     """Write a run or a model folder as GGUF, merged weights, LoRA-GGUF or Modelfile; prove each GGUF."""
-    export_and_prove(source, to=to, quant=quant, out=out, verify=verify, offline=offline, as_json=as_json)
+    export_and_prove(
+        source, to=to, quant=quant, out=out, llama_cpp=llama_cpp, verify=verify, offline=offline,
+        as_json=as_json,
+    )  # fmt: skip
 
 
 def export_and_prove(
@@ -54,6 +69,7 @@ def export_and_prove(
     to: str = "gguf",
     quant: str | None = None,
     out: Path | None = None,
+    llama_cpp: Path | None = None,
     verify: bool = True,
     offline: bool = False,
     as_json: bool = False,
@@ -71,6 +87,8 @@ def export_and_prove(
         quants=_words((quant or _usual_quants(source)).upper()),
         out=out,
         offline=offline,
+        llama_cpp=llama_cpp,
+        cache=own_cache_dir(),
         on_progress=notify,
     )
     proofs = prove(made, source, offline=offline, quiet=as_json) if verify else ()

@@ -42,8 +42,8 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
     known = rules().architectures
     if name not in known:
         raise ExportError(
-            f"The architecture {name} cannot be exported to GGUF here. Known: {', '.join(sorted(known))}.",
-            "Export merged weights instead: ftadvisor export FOLDER --to merged",
+            f"The architecture {name} is not known here. Known: {', '.join(sorted(known))}.",
+            "Ask for --to gguf alone, which llama.cpp's own converter then writes; or --to merged.",
         )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")

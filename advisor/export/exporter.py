@@ -17,6 +17,7 @@ from advisor.export.adapter import Adapter, grown_config, open_adapter
 from advisor.export.architecture import ModelPlan, plan_model
 from advisor.export.checkpoint import optional_json
 from advisor.export.config_fields import is_tied
+from advisor.export.converter import find_converter
 from advisor.export.encode import Type
 from advisor.export.files import complete_file, need_space
 from advisor.export.gguf_file import (
@@ -32,6 +33,7 @@ from advisor.export.merged import Merged, open_merged
 from advisor.export.merged_folder import merged_bytes, write_merged
 from advisor.export.modelfile import modelfile
 from advisor.export.native import run_llama
+from advisor.export.official import Conversion, needs_converter
 from advisor.export.rules import checked_quants, rules
 from advisor.export.source import Trained, find_trained
 from advisor.export.tokenizer import Vocabulary, read_vocabulary, with_virtual_tokens
@@ -67,6 +69,8 @@ def export_model(
     quants: Sequence[str] = ("F16",),
     out: Path | None = None,
     offline: bool = False,
+    llama_cpp: Path | None = None,
+    cache: Path | None = None,
     on_progress: Progress = _silent,
 ) -> Export:
     """Export a run folder or a Hugging Face folder.
@@ -76,7 +80,9 @@ def export_model(
         to: Some of `TARGETS`.
         quants: GGUF quantisations, for example F16, Q8_0, Q4_K_M.
         out: Folder for the files; None takes `export` in the source.
-        offline: Never ask the hub for the base model.
+        offline: Never ask the hub for the base model, nor fetch llama.cpp's converter.
+        llama_cpp: A checkout of llama.cpp, whose converter writes architectures that are not known here.
+        cache: Where a fetched converter is kept; None: beside the files.
         on_progress: Told in a few words what is being done.
 
     Returns:
@@ -91,16 +97,49 @@ def export_model(
     targets, wanted = _checked(to, tuple(quants))
     _need_packages()
     trained = find_trained(source, offline=offline, on_progress=on_progress)
+    place = out or Path(trained.folder) / "export"
+    if needs_converter(trained.config) and targets == ("gguf",):
+        converter = find_converter(llama_cpp, cache=cache or place, offline=offline, on_progress=on_progress)
+        return _convert(source, trained, converter, wanted, place, on_progress)
     adapter = None if trained.adapter is None else open_adapter(Path(trained.adapter))
     config = trained.config
     merged = open_merged(Path(trained.base), adapter, config)
     job = Job(
         trained=trained, config=config, adapter=adapter, merged=merged,
-        out=out or Path(trained.folder) / "export", on_progress=on_progress,
+        out=place, on_progress=on_progress,
     )  # fmt: skip
     files, notes = _export(job, targets, wanted)
     made = Export(source=str(source), files=tuple(files), notes=tuple(dict.fromkeys(notes)))
     write_json(job.out / "export.json", made)
+    return made
+
+
+def _convert(
+    source: Path,
+    trained: Trained,
+    converter: Path,
+    quants: tuple[str, ...],
+    out: Path,
+    on_progress: Progress,
+) -> Export:
+    """Let llama.cpp's own converter write the files of an architecture that is not known here."""
+    vocabulary = read_vocabulary(
+        Path(trained.tokenizer), Path(trained.base), rows=int(trained.config["vocab_size"])
+    )
+    work = Conversion(
+        trained=trained, vocabulary=vocabulary, converter=converter, out=out, on_progress=on_progress
+    )
+
+    def path_of(quant: str) -> Path:
+        return out / f"{trained.name}-{quant}.gguf"
+
+    files = [
+        _file(path_of(quant), "gguf", quant=quant, found=found)
+        for quant, found in work.write(quants, path_of)
+    ]
+    note = "written by llama.cpp's own converter, with the tokenizer as it was trained"
+    made = Export(source=str(source), files=tuple(files), notes=(*vocabulary.notes, note))
+    write_json(out / "export.json", made)
     return made
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import gguf
 import numpy as np
@@ -135,7 +135,7 @@ def write_gguf(
         writer.add_file_type(_file_type(quant))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_metadata(writer, plan)
-        _add_vocabulary(writer, vocabulary)
+        add_vocabulary(writer, vocabulary)
         factors = factor_tensors(plan)
         for key, values in factors.items():
             writer.add_tensor_info(key, values.shape, values.dtype, values.nbytes, Type.F32)
@@ -248,7 +248,8 @@ def _add_metadata(writer: gguf.GGUFWriter, plan: ModelPlan) -> None:
             writer.add_string(key, value)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    """Write the tokenizer, by a writer of the gguf library or what takes the same calls."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(list(vocabulary.tokens))

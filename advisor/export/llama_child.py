@@ -1,7 +1,8 @@
 """Runs llama.cpp in a process of its own, because it aborts the process on some inputs.
 
-Started by path, alone, with two arguments: a request (JSON) and the file for the answer. Goes in: what to do,
-`choose` or `inspect`. Comes out: JSON, and arrays in an .npz beside it. Never does: import ftadvisor.
+Started by path, alone, with two arguments: a request (JSON) and the file for the answer. Goes in: what to do
+(`choose`, `quantise` or `inspect`). Comes out: JSON, and arrays in an .npz beside it. Never does: import
+ftadvisor.
 """
 
 from __future__ import annotations
@@ -47,6 +48,18 @@ def choose(request: dict[str, Any]) -> dict[str, Any]:
         found = _CHOICE.findall("".join(said))
         chosen[quant] = {name: (after or before).upper() for name, before, after in found}
     return {"types": chosen}
+
+
+def quantise(request: dict[str, Any]) -> dict[str, Any]:
+    """Write a quantised copy of a file."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request['quant']}")
+    params.nthread = request["threads"]
+    source, target = request["source"].encode(), request["target"].encode()
+    code = llama_cpp.llama_model_quantize(source, target, ctypes.byref(params))
+    if code != 0:
+        raise RuntimeError(f"llama_model_quantize returned {code}")
+    return {}
 
 
 def inspect(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -129,6 +142,8 @@ def main() -> None:
     request = json.loads(request_file.read_text(encoding="utf-8"))
     if request["do"] == "choose":
         answer = choose(request)
+    elif request["do"] == "quantise":
+        answer = quantise(request)
     else:
         answer, arrays = inspect(request)
         np.savez(answer_file.with_suffix(".npz"), **arrays)

@@ -132,6 +132,15 @@ class Stripping(Record, frozen=True, kw_only=True):
     checked: str
 
 
+class ConverterFacts(Record, frozen=True, kw_only=True):
+    """llama.cpp's own converter, for architectures that are not known here."""
+
+    sha256: dict[str, str]
+    """Version of llama-cpp-python -> checksum of its source package."""
+    source: str
+    checked: str
+
+
 class ConfigFields(Record, frozen=True, kw_only=True):
     """What may stand in a checkpoint without changing what it computes."""
 
@@ -148,6 +157,7 @@ class Rules(Record, frozen=True, kw_only=True):
     end_tokens: EndTokens
     config: ConfigFields
     stripping: Stripping
+    converter: ConverterFacts
     architectures: dict[str, Architecture]
     pre_tokenizers: dict[str, PreTokenizer]
     tokenizer_classes: dict[str, TokenizerClass]

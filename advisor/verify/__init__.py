@@ -18,12 +18,13 @@ import msgspec
 
 from advisor.errors import ExportError, MissingPackageError, RefusedError
 from advisor.export.adapter import grown_config, virtual_tokens
-from advisor.export.architecture import ModelPlan, plan_model
+from advisor.export.architecture import plan_model
 from advisor.export.chat_template import Conversation
 from advisor.export.checkpoint import open_checkpoint
 from advisor.export.config_fields import is_tied
 from advisor.export.merged import Layout
 from advisor.export.native import Arrays, run_llama
+from advisor.export.official import needs_converter
 from advisor.export.source import Trained, find_trained
 from advisor.export.tokenizer import Vocabulary, read_vocabulary, with_virtual_tokens
 from advisor.probe.gguf_file import check_gguf
@@ -31,7 +32,7 @@ from advisor.probe.host import memory
 from advisor.storage import write_json
 from advisor.types import Check, Verification
 from advisor.units import format_bytes
-from advisor.verify.bounds import VerifyRules, logit_bounds, verify_rules
+from advisor.verify.bounds import LogitBounds, VerifyRules, logit_bounds, verify_rules
 from advisor.verify.contents import Contents, DamagedError, read_contents
 from advisor.verify.samples import heldout_rows, probe_texts, read_conversations
 
@@ -132,40 +133,59 @@ def _checks(
     config = grown_config(config, count)
     _check_memory(trained)
     on_progress("asking the trained model")
-    tied = is_tied(config)
-    context = plan_model(config, own_head=not tied).context
+    tied, known = is_tied(config), not needs_converter(config)
+    context = plan_model(config, own_head=not tied).context if known else _plain_context(config)
     questions, reference = _reference(
         trained, rows, probe_texts(rules, vocabulary), vocabulary.normaliser, context
     )
-    plan = plan_model(config, own_head=not tied or _is_untied(reference, Layout.of(config)))
-    early = (
-        checks.metadata(plan, vocabulary, file),
-        tensors.check_tensors(plan, file, reference, rules.tensors),
-    )
+    if known:
+        plan = plan_model(config, own_head=not tied or _is_untied(reference, Layout.of(config)))
+        model, activation = checks.expected_model(plan), plan.architecture.activation[0]
+        compared = tensors.check_tensors(plan, file, reference, rules.tensors)
+    else:
+        model, activation = {}, str(config.get("hidden_act") or config.get("hidden_activation"))
+        compared = tensors.check_sizes(file, reference, rules.tensors)
+    early = (checks.metadata(model, vocabulary, file), compared)
+    bounds = logit_bounds(rules, file.quant, activation, routed=_is_routed(config))
     on_progress(f"asking {gguf.name}")
     try:
         answer, arrays = _ask(gguf, questions, reference, vocabulary, rules)
     except ExportError as problem:
         return (*early, Check(name="logits", passed=False, measured={}, bound={}, evidence=problem.message))
-    return (*_late(file, plan, vocabulary, questions, reference, answer, arrays, rules), *early)
+    return (
+        *_late(file, config["vocab_size"], vocabulary, questions, reference, answer, arrays, bounds),
+        *early,
+    )
+
+
+def _plain_context(config: dict[str, Any]) -> int:
+    """Return the tokens for which an architecture that is not known here is surely computed alike."""
+    limits = (config.get("max_position_embeddings"), config.get("sliding_window"))
+    return min((int(limit) for limit in limits if limit), default=verify_rules().samples.row_tokens)
+
+
+def _is_routed(config: dict[str, Any]) -> bool:
+    """Whether experts are chosen for each token, which a small difference may tip."""
+    return any(
+        int(config.get(key) or 0) > 1 for key in ("num_local_experts", "num_experts", "n_routed_experts")
+    )
 
 
 def _late(
     file: Contents,
-    plan: ModelPlan,
+    rows: int,
     vocabulary: Vocabulary,
     questions: Questions,
     reference: Reference,
     answer: dict[str, Any],
     arrays: Arrays,
-    rules: VerifyRules,
+    bounds: LogitBounds,
 ) -> tuple[Check, ...]:
     """Judge what llama.cpp answered."""
     from advisor.verify import checks
 
-    bounds = logit_bounds(rules, file.quant, plan.architecture.activation[0])
     count = len(questions.texts)
-    first, size = len(reference.prefix), plan.vocab - len(reference.prefix)
+    first, size = len(reference.prefix), rows - len(reference.prefix)
     got = [arrays[str(number)][first:, :size] for number in range(len(reference.sequences))]
     logits = checks.logits(reference.logits, got, bounds)
     tie = 2 * min(float(values["max_delta"] or 0.0) for values in (logits.measured, logits.bound))

@@ -40,8 +40,8 @@ class LogitBounds(Record, frozen=True, kw_only=True):
     checked: str
 
 
-class GeluBounds(Record, frozen=True, kw_only=True):
-    """What llama.cpp's table of the GELU function costs, whatever the quantisation."""
+class Allowance(Record, frozen=True, kw_only=True):
+    """What something costs whatever the quantisation: llama.cpp's table of GELU, experts chosen otherwise."""
 
     kl_mean: float
     kl_max: float
@@ -74,23 +74,34 @@ class VerifyRules(Record, frozen=True, kw_only=True):
 
     samples: Samples
     logits: dict[str, LogitBounds]
-    gelu: GeluBounds
+    gelu: Allowance
+    routing: Allowance
     tensors: TensorBounds
     probe: Probe
 
 
-def logit_bounds(rules: VerifyRules, quant: str, activation: str) -> LogitBounds:
-    """Return the bounds of a quantisation; those of the loosest one where it is not known."""
+def logit_bounds(rules: VerifyRules, quant: str, activation: str, *, routed: bool = False) -> LogitBounds:
+    """Return the bounds of a quantisation; those of the loosest one where it is not known.
+
+    Args:
+        rules: The bounds.
+        quant: What the file says it is.
+        activation: Of the feed-forward layers.
+        routed: Experts are chosen for each token.
+    """
     found = rules.logits.get(quant) or max(rules.logits.values(), key=lambda bounds: bounds.kl_mean)
-    if not activation.startswith("gelu"):
-        return found
-    table = rules.gelu
+    if activation.startswith("gelu"):
+        found = _loosened(found, rules.gelu)
+    return _loosened(found, rules.routing) if routed and quant not in ("F32", "F16") else found
+
+
+def _loosened(found: LogitBounds, by: Allowance) -> LogitBounds:
     return msgspec.structs.replace(
         found,
-        kl_mean=max(found.kl_mean, table.kl_mean),
-        kl_max=max(found.kl_max, table.kl_max),
-        max_delta=max(found.max_delta, table.max_delta),
-        top1=min(found.top1, table.top1),
+        kl_mean=max(found.kl_mean, by.kl_mean),
+        kl_max=max(found.kl_max, by.kl_max),
+        max_delta=max(found.max_delta, by.max_delta),
+        top1=min(found.top1, by.top1),
     )
 
 

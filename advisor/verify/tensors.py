@@ -137,3 +137,56 @@ def _vector_loss(file: Contents, name: str, want: npt.NDArray[np.float32]) -> fl
     if have.shape != want.shape:
         return math.inf
     return float(np.linalg.norm(have - want) / np.linalg.norm(want))
+
+
+def check_sizes(file: Contents, reference: Reference, bounds: TensorBounds) -> Check:
+    """Compare the tensors of an architecture whose layout is not known here, by their root mean squares.
+
+    Turned, reordered and joined tensors keep the sum of their squares: a zeroed, dropped or scaled one shows.
+    """
+    ours = {name: _squares(file, name) for name in file.tensors}
+    wrong = [
+        f"{name} holds infinite or undefined values"
+        for name, value in ours.items()
+        if not math.isfinite(value)
+    ]
+    loss = max(
+        (bounds.types.get(tensor.tensor_type.name, 0.0) for tensor in file.tensors.values()), default=0.0
+    )
+    seen: dict[int, float] = {}
+    for tensor in reference.weights.values():
+        seen.setdefault(tensor.data_ptr(), float(tensor.double().square().sum()))
+    empty = [name for name, value in ours.items() if value == 0]
+    if len(empty) > sum(value == 0 for value in seen.values()):
+        wrong.append(f"more tensors than were trained so hold nothing but zeros: {', '.join(empty[:3])}")
+    matched, share = _matched(ours, seen, loss)
+    total = abs(sum(ours.values()) / sum(seen.values()) - 1)
+    if not total <= 2 * loss:
+        wrong.append(f"the weights together are {100 * total:.2g} % off in size")
+    told = (
+        f"{len(ours)} tensors; {matched} have the size of a trained one, together {100 * share:.1f} % of all"
+    )
+    return Check(
+        name="tensors", passed=not wrong,
+        evidence="; ".join([*wrong[:3], f"{told} (by size alone: this architecture is not known here)"]),
+        measured={"tensors": len(ours), "wrong": len(wrong), "matched_share": round(share, 4)},
+        bound={"wrong": 0, "matched_share": None},
+    )  # fmt: skip
+
+
+def _squares(file: Contents, name: str) -> float:
+    return sum(float((part.astype(np.float64) ** 2).sum()) for _, part in file.parts(name))
+
+
+def _matched(ours: dict[str, float], seen: dict[int, float], loss: float) -> tuple[int, float]:
+    """Return how many tensors have the size of a trained one, and their share of the squares."""
+    trained = np.sort(np.array(list(seen.values())))
+    found = 0
+    squares = 0.0
+    for value in ours.values():
+        place = int(np.searchsorted(trained, value))
+        near = trained[max(0, place - 1) : place + 1]
+        if near.size and np.abs(near - value).min() <= 2 * loss * value:
+            found += 1
+            squares += value
+    return found, squares / max(sum(ours.values()), 1e-30)

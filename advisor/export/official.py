@@ -1,0 +1,165 @@
+"""Exports what is not known here through llama.cpp's own converter; the tokenizer is still read here.
+
+Goes in: a model folder (merged by peft first where there is an adapter). Comes out: GGUF files. Never does:
+believe them: they are verified as all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from advisor.errors import ExportError, MissingPackageError
+from advisor.export.checkpoint import open_checkpoint
+from advisor.export.encode import Type
+from advisor.export.files import complete_file, need_space
+from advisor.export.gguf_file import Contents, add_vocabulary, contents
+from advisor.export.native import run_llama
+from advisor.export.rules import rules
+from advisor.export.source import Trained
+from advisor.export.tokenizer import Vocabulary
+
+_CHILD = Path(__file__).with_name("converter_child.py")
+_MERGE = """
+import sys, torch, transformers, peft
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", local_files_only=True)
+model = peft.PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload(safe_merge=True)
+model.save_pretrained(sys.argv[3])
+"""
+_STORED = {"BF16": "BF16", "F16": "F16"}
+
+
+class _Recorder:
+    """Notes the calls that would write a vocabulary, so that the converter's process can make them."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, list[Any]]] = []
+
+    def __getattr__(self, method: str) -> Callable[..., None]:
+        return lambda *values: self.calls.append((method, list(values)))
+
+
+def needs_converter(config: dict[str, Any]) -> bool:
+    """Whether the architecture is not one that is written here."""
+    return (config.get("architectures") or ["(none)"])[0] not in rules().architectures
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """One model on its way through the converter."""
+
+    trained: Trained
+    vocabulary: Vocabulary
+    converter: Path
+    out: Path
+    on_progress: Callable[[str], None]
+
+    def write(self, quants: tuple[str, ...], path_of: Callable[[str], Path]) -> list[tuple[str, Contents]]:
+        """Write a file for each quantisation.
+
+        Raises:
+            ExportError: the converter or the quantiser refuses; the message holds its last lines.
+            DiskError: the disk is full.
+        """
+        need_space(self.out, 2 * self._stored_bytes() * (1 + len(quants)))
+        found = []
+        with _folder(self.trained, self.out, self.on_progress) as model:
+            for quant in quants:
+                with complete_file(path_of(quant)) as aside:
+                    self._one(model, quant, aside)
+                    found.append((quant, file_contents(aside)))
+        return found
+
+    def _stored_bytes(self) -> int:
+        return sum(Path(path).stat().st_size for path in {t.path for t in self._tensors()})
+
+    def _tensors(self) -> list[Any]:
+        return list(open_checkpoint(Path(self.trained.base)).tensors.values())
+
+    def _one(self, model: Path, quant: str, file: Path) -> None:
+        self.on_progress(f"converting to {quant}")
+        if quant in rules().quantisations.direct:
+            self._convert(model, quant, file)
+            return
+        kinds = {tensor.dtype for tensor in self._tensors()}
+        start = _STORED.get(kinds.pop(), "F32") if len(kinds) == 1 else "F32"
+        with tempfile.TemporaryDirectory(dir=self.out, prefix=".convert-") as place:
+            first = Path(place) / "first.gguf"
+            self._convert(model, start, first)
+            run_llama({"do": "quantise", "source": str(first), "target": str(file), "quant": quant})
+
+    def _convert(self, model: Path, quant: str, file: Path) -> None:
+        written = _Recorder()
+        add_vocabulary(written, self.vocabulary)
+        with tempfile.TemporaryDirectory(prefix="ftadvisor-") as place:
+            request = Path(place, "request.json")
+            request.write_text(
+                json.dumps(
+                    {
+                        "converter": str(self.converter), "model": str(model), "file": str(file),
+                        "type": quant.lower(), "name": self.trained.name, "vocabulary": written.calls,
+                    }
+                ),
+                encoding="utf-8",
+            )  # fmt: skip
+            _run([str(_CHILD), str(request)], "llama.cpp's converter")
+
+
+def file_contents(path: Path) -> Contents:
+    """Return what a GGUF file holds, in numbers."""
+    read = gguf.GGUFReader(path).tensors
+    return contents(
+        (tuple(int(n) for n in reversed(tensor.shape)), Type(tensor.tensor_type)) for tensor in read
+    )
+
+
+@contextmanager
+def _folder(trained: Trained, out: Path, on_progress: Callable[[str], None]) -> Iterator[Path]:
+    """Give the folder to convert: the base, or one that peft merged for the while."""
+    if trained.adapter is None:
+        yield Path(trained.base)
+        return
+    on_progress("merging the adapter with peft")
+    with tempfile.TemporaryDirectory(dir=out, prefix=".merged-") as place:
+        _run(["-c", _MERGE, trained.base, trained.adapter, place], "peft")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(Path(trained.tokenizer) / name, Path(place) / name)
+        yield Path(place)
+
+
+def _run(arguments: list[str], what: str) -> None:
+    """Run a program of Python's in a process of its own, without the network."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    child = subprocess.Popen(
+        [sys.executable, *(["-P"] if arguments[0] != "-c" else []), *arguments],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        said = (child.communicate()[0] or b"").decode(errors="replace")
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    if child.returncode == 0:
+        return
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    last = lines[-1] if lines else f"it ended with status {child.returncode}"
+    if last.startswith("ModuleNotFoundError"):
+        missing = last.rpartition("'")[0].rpartition("'")[2]
+        raise MissingPackageError(missing, "train")
+    raise ExportError(
+        f"{what} does not take this model: {last}",
+        "Export merged weights instead: ftadvisor export FOLDER --to merged",
+    )

@@ -1,0 +1,95 @@
+"""llama.cpp's own converter is found, kept with its checksum, and never fetched when that is forbidden."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from advisor.errors import ExportError, UsageError
+from advisor.export import export_model
+from advisor.export.converter import _unpack, contents_sha256, find_converter
+from advisor.verify import verify_gguf
+from tiny import make_tiny_model
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _archive(path: Path, names: tuple[str, ...]) -> Path:
+    with tarfile.open(path, "w:gz") as package:
+        for name in names:
+            member = tarfile.TarInfo(f"llama_cpp_python-9/vendor/llama.cpp/{name}")
+            member.size = 5
+            package.addfile(member, io.BytesIO(b"text\n"))
+    return path
+
+
+def test_without_the_network_the_way_out_is_named(tmp_path: Path) -> None:
+    """An unknown architecture offline says what is missing and how to get it; nothing is left behind."""
+    folder = make_tiny_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["StrangeForCausalLM"]}))
+    with pytest.raises(ExportError, match="own converter") as caught:
+        export_model(folder, quants=("F16",), out=tmp_path / "out", offline=True)
+    assert "--llama-cpp" in caught.value.remedy
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="has no convert_hf_to_gguf"):
+        export_model(folder, quants=("F16",), out=tmp_path / "out", llama_cpp=tmp_path)
+
+
+def test_only_the_converter_is_unpacked(tmp_path: Path) -> None:
+    """Of a source package of 77 MB the converter and its library are kept, and nothing leaves the folder."""
+    names = (
+        "convert_hf_to_gguf.py", "conversion/base.py", "gguf-py/gguf/x.py", "src/llama.cpp",
+        "conversion/../../../outside.py",
+    )  # fmt: skip
+    _unpack(_archive(tmp_path / "a.tar.gz", names), tmp_path / "made" / "here")
+    found = {
+        str(path.relative_to(tmp_path / "made" / "here")) for path in tmp_path.rglob("made/here/**/*.py")
+    }
+    assert found == {"convert_hf_to_gguf.py", "conversion/base.py", "gguf-py/gguf/x.py"}
+    assert not list(tmp_path.rglob("outside.py"))
+    with pytest.raises(ExportError, match="holds no convert"):
+        _unpack(_archive(tmp_path / "b.tar.gz", ("src/llama.cpp",)), tmp_path / "none")
+
+
+def test_changed_copy_is_not_used(tmp_path: Path) -> None:
+    """A kept converter is run as it was fetched, or not at all."""
+    import importlib.metadata
+
+    version = importlib.metadata.version("llama-cpp-python")
+    kept = tmp_path / f"converter-{version}"
+    _unpack(_archive(tmp_path / "a.tar.gz", ("convert_hf_to_gguf.py", "conversion/base.py")), kept)
+    record = {"version": version, "archive_sha256": "0", "contents_sha256": contents_sha256(kept)}
+    (kept / "source.json").write_text(json.dumps(record))
+    assert find_converter(None, cache=tmp_path, offline=True, on_progress=_silent) == kept
+    (kept / "conversion" / "base.py").write_text("import os\n")
+    with pytest.raises(ExportError, match="own converter"):
+        find_converter(None, cache=tmp_path, offline=True, on_progress=_silent)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "FTADVISOR_LLAMA_CPP" not in os.environ,
+    reason="FTADVISOR_LLAMA_CPP names no checkout of llama.cpp, whose converter this needs",
+)
+def test_other_architecture_is_converted_and_proved(tmp_path: Path) -> None:
+    """An architecture that is not written here comes out right, tokenizer included."""
+    import transformers
+
+    folder = make_tiny_model(tmp_path / "model")
+    made = transformers.StableLmConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=2,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(made).save_pretrained(folder)
+    checkout = Path(os.environ["FTADVISOR_LLAMA_CPP"])
+    for file in export_model(folder, quants=("F16", "Q4_K_M"), llama_cpp=checkout).files:
+        proof = verify_gguf(Path(file.path), against=folder)
+        assert proof.passed, [check.evidence for check in proof.checks if not check.passed]
