@@ -1,33 +1,46 @@
-"""Does every method do what it promises? Trains each tuner with each objective that has a program, and
-keeps the table.
+"""Does every method do what it promises? Trains each tuner with each objective of kb/ and keeps the table.
 
-Goes in: the objectives and tuners of kb/ and recipes/*/program.toml, the embedded starter or a tiny random
-model. Comes out:
-benchmarks/results/methods-<date>.md and the same on the screen. Each row: trained (the held-out figure gets
-better by more than the same run with learning rate 0 moves), counted (as many weights as the plan predicts),
-resumed (from a checkpoint in the middle to the same bits), reloaded (the saved weights on the untouched base
-give the figure that training measured), exported or refused with the reason. Never does: hide a row that
-failed.
+Goes in: the objectives and tuners of kb/, recipes/*/program.toml, the embedded starter with its data. Comes
+out: benchmarks/results/methods-<date>.md and the same on the screen, a row for each pair; a pair that no
+program trains has the planner's reason instead of figures. Never does: hide a row that failed; list a method
+by hand.
 
-    python benchmarks/methods.py [--steps 16] [--tiny] [--only sft/lora,dpo/full] [--out FILE]
+What a row promises:
+
+- learned: the held-out figure gets better than with the same run at learning rate 0, by more than the noise.
+  For a loss or a margin of fixed rows that is a hundredth of the figure before; for sampled rewards, whose
+  answers differ from sample to sample, twice the standard error of both means.
+- moved: every weight of the result differs from its value in the run at rate 0, and none beside them does.
+- counted: exactly as many weights are trained as the plan predicts.
+- reloaded: saved and loaded anew on the untouched base, the logits are those of the model that was trained;
+  that the base did not move follows from it.
+- resumed: from the checkpoint in the middle on, the same bits.
+- exported: to GGUF and proved by `verify`, or refused with the reason shown.
+
+    python benchmarks/methods.py [--steps 16] [--only sft/lora,dpo/full] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import shutil
 import sys
 import tempfile
 import time
-import tomllib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import torch
+from peft import PeftModel
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -41,20 +54,28 @@ from advisor.probe.host import cpu_identity  # noqa: E402
 from advisor.probe.model import read_model  # noqa: E402
 from advisor.probe.software import installed_packages  # noqa: E402
 from advisor.recipe import recipes_of  # noqa: E402
-from advisor.resources import recipes_dir, starter_dir  # noqa: E402
+from advisor.resources import starter_dir  # noqa: E402
 from advisor.storage import encode_yaml  # noqa: E402
+from advisor.train import bottleneck, session  # noqa: E402
+from advisor.train.model import load_model  # noqa: E402
+from advisor.train.settings import Settings  # noqa: E402
 from advisor.types import MemorySettings, ModelSpec, Recipe, RecipeDataset, Record  # noqa: E402
+from advisor.verify import verify_gguf  # noqa: E402
 from cases import CPU, rows, scenario  # noqa: E402 - tests/ holds the ways to plan and run in one process
-from tiny import make_tiny_model  # noqa: E402
 from training import events_of, run_here  # noqa: E402
 
 HIGHER_IS_BETTER = ("margin", "reward")
 REINFORCED = ("rloo", "grpo")
 ROWS, PROMPTS = 96, 24
+PROBE = torch.arange(4, 68).reshape(2, 32)
+"""Token ids whose logits are compared, of shape (2, 32)."""
+LEAST_GAIN = 0.01
+"""Of a figure that is measured on fixed rows, as a share of what it was; it does not move by itself."""
+LOGITS_ATOL = 1e-4
 
 
 class Row(Record, frozen=True, kw_only=True):
-    """One method, measured."""
+    """One pair, measured."""
 
     objective: str
     tuner: str
@@ -64,24 +85,27 @@ class Row(Record, frozen=True, kw_only=True):
     after: float = 0.0
     still: float = 0.0
     """The figure after the same run with learning rate 0."""
-    learned: bool = False
-    counted: bool = False
-    resumed: bool = False
-    reloaded: str = ""
-    """yes, no, or `tests` where going on from the saved result is refused and tests/recipes loads it."""
+    noise: float = 0.0
+    """By so much the figure must get better than that to count."""
+    trained: int = 0
+    promises: dict[str, bool] = {}
+    """learned, moved, counted, reloaded, resumed: whether each holds."""
+    logits: float = 0.0
+    """Largest difference of a logit between the trained model and the reloaded one."""
     export: str = ""
     seconds: float = 0.0
     problem: str = ""
 
 
 def combinations() -> list[tuple[str, str]]:
-    """Return every objective and tuner for which a program exists."""
-    found = []
-    for objective, facts in load().objectives.items():
-        file = recipes_dir() / facts.program / "program.toml"
-        if file.is_file():
-            found += [(objective, tuner) for tuner in tomllib.loads(file.read_text())["tuners"]]
-    return found
+    """Return every objective with every tuner of the knowledge base."""
+    return [(objective, tuner) for objective in load().objectives for tuner in load().tuners]
+
+
+def is_offered(objective: str, tuner: str) -> bool:
+    """Tell whether a program trains the pair."""
+    program = load().programs.get(load().objectives[objective].program)
+    return program is not None and tuner in program.tuners
 
 
 def write_data(place: Path) -> dict[str, Path]:
@@ -104,6 +128,11 @@ def write_data(place: Path) -> dict[str, Path]:
             for name in ("chosen", "rejected")
         ],
         "raw_text": [{"text": pair["chosen"]} for pair in pairs],
+        "classification": [
+            {"text": pair[name], "label": label}
+            for pair in pairs
+            for name, label in (("chosen", "sailor"), ("rejected", "plain"))
+        ],
         "prompts_with_answers": [
             {"prompt": one["prompt"], "answer": one["expect"][0]} for one in questions[:PROMPTS]
         ],
@@ -119,32 +148,29 @@ def _without_voice(answer: str) -> str:
 
 
 def recipe_of(objective: str, tuner: str, steps: int, data: dict[str, Path], spec: ModelSpec) -> Recipe | str:
-    """Return the recipe that a plan gives for a method on the starter, or why there is none."""
+    """Return the recipe that a plan gives for a pair on the starter, or why there is none."""
     kind = load().objectives[objective].data_kinds[0]
+    if tuner == "classifier_head" and objective == "sft":
+        kind = "classification"
     overrides: dict[str, Any] = {
-        "max_steps": steps, "save_every_steps": max(1, steps // 2), "packing": False, "micro_batch": 8,
-        "effective_batch": 8, "precision": "fp32",
+        "max_steps": steps, "save_every_steps": max(1, steps // 2), "micro_batch": 8, "effective_batch": 8,
+        "precision": "fp32",
     }  # fmt: skip
-    if objective == "kto":
-        overrides["per_step_batch"] = 8
     if objective in REINFORCED:
-        overrides |= {"max_completion_length": 16, "effective_batch": 16, "micro_batch": 16}
+        overrides |= {"max_completion_length": 24, "effective_batch": 16, "micro_batch": 16}
+        overrides |= {"reward_functions": ["length"], "reward_length": 12}
     case = scenario(
         rows(kind, ROWS), hardware=CPU, model="starter", requested_method=f"{tuner}+{objective}", force=True,
         overrides=overrides,
     )  # fmt: skip
     made = make_plan(msgspec.structs.replace(case, spec=spec), load())
     found = [one for one in recipes_of(made, packages={}, seed=7) if one.objective == objective]
-    if made.method != tuner or not found:
+    if made.method != tuner or not found or not is_offered(objective, tuner):
         reasons = [c.reasons for c in made.candidates if c.method == tuner and c.verdict == "rejected"]
-        return " ".join(reasons[0]) if reasons else f"the plan says {made.method}"
-    settings = {**found[0].settings, "keep_checkpoints": 3, "heldout_fraction": 0.1}
-    if objective in REINFORCED:
-        settings["reward_functions"] = ["contains", "length"]
-        settings["reward_length"] = 8
+        return " ".join(reasons[0]) if reasons else "no program trains it"
     return msgspec.structs.replace(
         found[0],
-        settings=settings,
+        settings={**found[0].settings, "keep_checkpoints": 3, "heldout_fraction": 0.1, "packing": False},
         model=msgspec.structs.replace(found[0].model, id=spec.id, path=spec.path, after=None),
         datasets=(RecipeDataset(name="data", path=str(data[kind]), kind=kind),),
     )
@@ -159,115 +185,176 @@ def train(folder: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {event["when"]: event for event in events_of(folder, "heldout")}
 
 
-def measure(objective: str, tuner: str, steps: int, place: Path, data: dict[str, Path], model: Path) -> Row:
-    """Train one method and check every promise."""
+def measure(objective: str, tuner: str, steps: int, place: Path, data: dict[str, Path]) -> Row:
+    """Train one pair and check every promise."""
     begun = time.monotonic()
-    spec = read_model(str(model), knowledge=load())
+    spec = read_model(str(starter_dir()), knowledge=load())
     recipe = recipe_of(objective, tuner, steps, data, spec)
     if isinstance(recipe, str):
-        return Row(objective=objective, tuner=tuner, problem=f"not planned: {recipe}")
-    whole = place / f"{objective}-{tuner}"
+        return Row(objective=objective, tuner=tuner, problem=f"refused: {recipe}")
+    whole, still, again = (place / f"{objective}-{tuner}-{name}" for name in ("whole", "still", "again"))
+    at_rest = msgspec.structs.replace(recipe, settings={**recipe.settings, "learning_rate": 0.0})
     try:
-        found = train(whole, recipe)
-        still = train(
-            place / f"{objective}-{tuner}-still",
-            msgspec.structs.replace(recipe, settings={**recipe.settings, "learning_rate": 0.0}),
-        )
+        with logits_at_the_end() as logits:
+            found, rest = train(whole, recipe), train(still, at_rest)
+        after = {**found["after"]}
+        figure = next((name for name in HIGHER_IS_BETTER if name in after), "loss")
+        noise = noise_of(figure, found)
+        gain = (1 if figure == "loss" else -1) * (rest["after"][figure] - after[figure])
+        reloaded = float((logits[0] - logits_reloaded(whole, recipe)).abs().max())
+        counted = events_of(whole, "model")[0]["trainable_parameters"]
+        promises = {
+            "learned": gain > noise,
+            "moved": moved(result_of(whole), result_of(still), tuner),
+            "counted": counted == predicted_count(recipe, spec),
+            "reloaded": reloaded < LOGITS_ATOL and not torch.equal(logits[0], logits[1]),
+            "resumed": resumes(whole, again, steps),
+        }
+        export = exported(whole)
     except AdvisorError as problem:
-        return Row(objective=objective, tuner=tuner, problem=problem.message)
-    figure = next((name for name in HIGHER_IS_BETTER if name in found["after"]), "loss")
-    sign = 1 if figure == "loss" else -1
-    before, after, rest = (one[figure] for one in (found["before"], found["after"], still["after"]))
-    known = {
-        k: v for k, v in recipe.settings.items() if k in MemorySettings.__struct_fields__ and v is not None
-    }
-    predicted = trainable_parameters(
-        spec, msgspec.convert(known | {"tuner": tuner, "objective": objective}, MemorySettings)
-    )
+        return Row(objective=objective, tuner=tuner, problem=f"**failed**: {problem.message}")
     return Row(
-        objective=objective,
-        tuner=tuner,
-        learning_rate=float(recipe.settings["learning_rate"]),  # type: ignore[arg-type]  # a number in every plan
-        figure=figure,
-        before=before,
-        after=after,
-        still=rest,
-        learned=sign * (rest - after) > 3 * abs(rest - before) and sign * (before - after) > 0,
-        counted=events_of(whole, "model")[0]["trainable_parameters"] == predicted,
-        resumed=_resumes(whole, place / f"{objective}-{tuner}-again", steps),
-        reloaded=_reloads(whole, recipe, found["after"], place / f"{objective}-{tuner}-reload"),
-        export=_exports(whole),
+        objective=objective, tuner=tuner, learning_rate=float(str(recipe.settings["learning_rate"])),
+        figure=figure, before=found["before"][figure], after=after[figure], still=rest["after"][figure],
+        noise=noise, trained=counted, promises=promises, logits=reloaded, export=export,
         seconds=time.monotonic() - begun,
-    )
+    )  # fmt: skip
 
 
-def _weights(folder: Path) -> dict[str, Any]:
+def noise_of(figure: str, found: dict[str, dict[str, Any]]) -> float:
+    """Return by how much a figure may differ without that anything was learned."""
+    if figure == "reward":
+        return 2 * float(np.hypot(*(found[when]["reward_error"] for when in ("before", "after"))))
+    return LEAST_GAIN * max(abs(found["before"][figure]), abs(found["before"].get("loss") or 0.0))
+
+
+def predicted_count(recipe: Recipe, spec: ModelSpec) -> int:
+    """Return how many weights the planner says are trained."""
+    fields = MemorySettings.__struct_fields__
+    known = {name: value for name, value in recipe.settings.items() if name in fields and value is not None}
+    given = {**known, "tuner": recipe.tuner, "objective": recipe.objective}
+    return trainable_parameters(spec, msgspec.convert(given, MemorySettings))
+
+
+@contextlib.contextmanager
+def logits_at_the_end() -> Iterator[list[torch.Tensor]]:
+    """Collect the logits of every model as it is when its training has saved it."""
+    found: list[torch.Tensor] = []
+    save = session.save_result
+
+    def save_and_look(trainer: Any, *args: Any, **more: Any) -> Any:
+        saved = save(trainer, *args, **more)
+        found.append(logits_of(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)))
+        return saved
+
+    session.save_result = save_and_look
+    try:
+        yield found
+    finally:
+        session.save_result = save
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    """Return what a model says of the probe, in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=PROBE, attention_mask=torch.ones_like(PROBE)).logits
+    return found.float()
+
+
+def logits_reloaded(folder: Path, recipe: Recipe) -> torch.Tensor:
+    """Load a result as anyone does, on the base as it lies on disk, and return what it says of the probe."""
+    result = result_of(folder)
+    marks = recipe.objective == "reward"
+    if result.name == "model":
+        kind = AutoModelForSequenceClassification if marks else AutoModelForCausalLM
+        return logits_of(kind.from_pretrained(result))
+    known = {name: recipe.settings[name] for name in Settings.__struct_fields__ if name in recipe.settings}
+    base = load_model(recipe.model, msgspec.convert(known, Settings), labels=1 if marks else 0)
+    if bottleneck.is_saved_in(result):
+        bottleneck.load(base, result)
+        return logits_of(base)
+    return logits_of(PeftModel.from_pretrained(base, str(result)))
+
+
+def weights_of(folder: Path) -> dict[str, Any]:
+    """Return the saved weights of a result."""
     return load_file(next(folder.glob("*model.safetensors")))
 
 
-def _result(folder: Path) -> Path:
+def result_of(folder: Path) -> Path:
+    """Return where the result of a run lies."""
     return folder / "adapter" if (folder / "adapter").is_dir() else folder / "model"
 
 
-def _resumes(whole: Path, folder: Path, steps: int) -> bool:
+def moved(result: Path, at_rest: Path, tuner: str) -> bool:
+    """Tell whether exactly the weights that the tuner is to train have other values than at rate 0."""
+    first, second = weights_of(result), weights_of(at_rest)
+    changed = {name for name in first if not np.array_equal(first[name], second[name])}
+    wanted = {name for name in first if tuner != "bitfit" or name.endswith(".bias")}
+    return first.keys() == second.keys() and changed == wanted
+
+
+def resumes(whole: Path, folder: Path, steps: int) -> bool:
+    """Go on from the checkpoint in the middle, and tell whether the end is the same to the bit."""
     shutil.copytree(whole, folder)
-    for gone in (_result(folder), folder / "checkpoints" / f"checkpoint-{steps}"):
+    for gone in (result_of(folder), folder / "checkpoints" / f"checkpoint-{steps}"):
         shutil.rmtree(gone)
-    if run_here(folder) != 0:
+    if run_here(folder) != 0 or not events_of(folder, "note"):
         return False
-    first, second = (_weights(_result(one)) for one in (whole, folder))
-    return first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
+    first, second = (weights_of(result_of(one)) for one in (whole, folder))
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def _reloads(whole: Path, recipe: Recipe, after: dict[str, Any], folder: Path) -> str:
-    """Go on from the saved result at rate 0: what is measured first is the result as loaded."""
-    result = _result(whole)
-    judge = recipe.objective == "reward" and result.name == "adapter"
-    if judge or recipe.objective == "kto" or recipe.tuner in ("prompt_tuning", "p_tuning", "prefix_tuning"):
-        return "tests"
-    (folder / "stages" / "0-saved").mkdir(parents=True)
-    shutil.copytree(result, folder / "stages" / "0-saved" / result.name)
-    settings = {**recipe.settings, "learning_rate": 0.0, "max_steps": 1}
-    model = msgspec.structs.replace(recipe.model, after="stages/0-saved")
-    again = train(folder, msgspec.structs.replace(recipe, settings=settings, model=model))["before"]
-    name = next(name for name in ("preferred", "reward", "loss") if name in after)
-    return "yes" if abs(again[name] - after[name]) < 2e-3 * max(1.0, abs(after[name])) else "**no**"
-
-
-def _exports(whole: Path) -> str:
+def exported(whole: Path) -> str:
+    """Export a result and prove it; return what came of it."""
     try:
         made = export_model(whole, quants=("F16",), out=whole / "export", offline=True)
+        files = [Path(file.path) for file in made.files if file.kind == "gguf"]
+        proofs = [verify_gguf(whole / "export" / file.name, against=whole) for file in files]
     except AdvisorError as problem:
-        return f"refused: {problem.message[:90]}"
-    return (
-        ", ".join(Path(file.path).suffix.lstrip(".") for file in made.files if file.kind == "gguf") or "none"
-    )
+        return f"refused: {problem.message}"
+    return "proved" if proofs and all(proof.passed for proof in proofs) else "**not proved**"
 
 
-def table_of(found: list[Row], steps: int, what: str) -> str:
+PROMISES = ("learned", "moved", "counted", "reloaded", "resumed")
+
+
+def table_of(found: list[Row], steps: int) -> str:
     """Return the rows as Markdown below what they were measured with."""
     packages, (cpu, _) = installed_packages(), cpu_identity(Path("/proc"))
     versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers", "peft", "trl"))
+    measured = [row for row in found if not row.problem]
     lines = [
-        f"# Methods on {what}",
+        "# Every objective with every tuner, on the starter",
         "",
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {versions}; CPU {cpu}; {steps} steps each, "
-        "settings of the plan. `python benchmarks/methods.py`",
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {versions}; CPU {cpu}, one thread; {steps} steps "
+        f"each, settings of the plan, fp32. {len(found)} pairs of the knowledge base, {len(measured)} "
+        f"trained in {sum(row.seconds for row in measured) / 60:.0f} minutes. `python benchmarks/methods.py`; "
+        "what each column promises stands at its top.",
         "",
-        "| objective | tuner | rate | figure | before | after | at rate 0 | learned | counted | resumed | "
-        "reloaded | export | s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| objective | tuner | rate | figure | before | after | at rate 0 | noise | trained | "
+        + " | ".join(PROMISES)
+        + " | logits differ by | export | s |",
+        "|---" * (12 + len(PROMISES)) + "|",
     ]
-    for row in found:
-        if row.problem:
-            lines.append(f"| {row.objective} | {row.tuner} | {row.problem} |" + " |" * 10)
-            continue
-        marks = " | ".join("yes" if mark else "**no**" for mark in (row.learned, row.counted, row.resumed))
+    for row in measured:
+        marks = " | ".join("yes" if row.promises[name] else "**no**" for name in PROMISES)
         lines.append(
             f"| {row.objective} | {row.tuner} | {row.learning_rate:g} | {row.figure} | {row.before:.4f} | "
-            f"{row.after:.4f} | {row.still:.4f} | {marks} | {row.reloaded} | {row.export} | "
-            f"{row.seconds:.0f} |"
+            f"{row.after:.4f} | {row.still:.4f} | {row.noise:.4f} | {row.trained:,} | {marks} | "
+            f"{row.logits:.1g} | {row.export} | {row.seconds:.0f} |"
         )
+    rest = [row for row in found if row.problem]
+    if rest:
+        lines += [
+            "",
+            "Not trained, and what is said instead:",
+            "",
+            "| objective | tuner | |",
+            "|---|---|---|",
+        ]
+        lines += [f"| {row.objective} | {row.tuner} | {row.problem} |" for row in rest]
     return "\n".join(lines) + "\n"
 
 
@@ -275,26 +362,26 @@ def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--tiny", action="store_true", help="a tiny random model instead of the starter")
     parser.add_argument("--only", default="")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     only = set(filter(None, given.only.split(",")))
     name = f"methods-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.md"
     out = given.out or HERE / "results" / name
-    what = "a tiny random model" if given.tiny else "the starter"
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     found: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         data = write_data(Path(scratch))
-        model = make_tiny_model(Path(scratch) / "tiny", hidden=128) if given.tiny else starter_dir()
         for objective, tuner in combinations():
             if only and f"{objective}/{tuner}" not in only:
                 continue
-            found.append(measure(objective, tuner, given.steps, Path(scratch), data, model))
-            for folder in Path(scratch).glob(f"{objective}-{tuner}*"):
+            found.append(measure(objective, tuner, given.steps, Path(scratch), data))
+            for folder in Path(scratch).glob(f"{objective}-{tuner}-*"):
                 shutil.rmtree(folder)
-            out.write_text(table_of(found, given.steps, what), encoding="utf-8")
-            print(out.read_text(encoding="utf-8").splitlines()[-1], flush=True)
+            out.write_text(table_of(found, given.steps), encoding="utf-8")
+            print(f"{objective}/{tuner}", found[-1], file=sys.stderr, flush=True)
+    print(out.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,13 @@ class Sampled:
         self._rows = [dict(row) for row in prompts.rows.select(range(min(PROBED_PROMPTS, len(prompts.rows))))]
 
     def __call__(self) -> dict[str, float | None]:
-        """Return the mean reward of sampled answers; there is no loss that could be compared."""
+        """Return the mean reward of sampled answers and its standard error; there is no loss that could be
+        compared."""
         marks = self.marks()
-        return {"loss": None, "reward": sum(marks) / len(marks)}
+        return {
+            "loss": None, "reward": statistics.fmean(marks),
+            "reward_error": statistics.stdev(marks) / math.sqrt(len(marks)),
+        }  # fmt: skip
 
     def refuse_if_all_alike(self) -> None:
         """Refuse what cannot learn: with equal marks for all answers there is nothing to prefer.
