@@ -294,6 +294,8 @@ class MemorySettings(Record, frozen=True, kw_only=True):
     bottleneck: int = 0
     generations: int = 0
     completion_tokens: int = 0
+    classes: int = 0
+    """Outputs of a classifier head."""
     gpus: int = 1
     shard: Literal["none", "fsdp", "zero3"] = "none"
     offload: bool = False
@@ -869,6 +871,8 @@ class TunerFacts(Record, frozen=True, kw_only=True):
     needs_native_bias: bool = False
     gradient_checkpointing: bool = True
     packing: bool = True
+    program: str = ""
+    """Folder under recipes/ that trains it in place of the objective's."""
     adds_latency: bool = False
     gguf: Literal["merged", "merged_or_lora", "virtual_tokens", "none"]
     gguf_note: str = ""

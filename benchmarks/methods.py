@@ -330,8 +330,8 @@ def table_of(found: list[Row], steps: int) -> str:
         "",
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {versions}; CPU {cpu}, one thread; {steps} steps "
         f"each, settings of the plan, fp32. {len(found)} pairs of the knowledge base, {len(measured)} "
-        f"trained in {sum(row.seconds for row in measured) / 60:.0f} minutes. `python benchmarks/methods.py`; "
-        "what each column promises stands at its top.",
+        f"trained in {sum(row.seconds for row in measured) / 60:.0f} minutes. "
+        "`python benchmarks/methods.py`; what each column promises stands at its top.",
         "",
         "| objective | tuner | rate | figure | before | after | at rate 0 | noise | trained | "
         + " | ".join(PROMISES)

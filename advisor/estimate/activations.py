@@ -11,7 +11,7 @@ widths, a bytes of an activation entry, s bytes of an entry of the residual stre
 from __future__ import annotations
 
 from advisor.estimate.layers import FOUR_NORMS, GEMMA, QK_NORM_WHOLE, Layout, Linear, targeted
-from advisor.estimate.tunable import LOW_RANK, ia3_targets, tuner_name, tunes_norm
+from advisor.estimate.tunable import LOW_RANK, ia3_targets, outputs, tuner_name, tunes_norm
 from advisor.types import MemorySettings, ModelSpec
 
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
@@ -226,7 +226,7 @@ def loss_bytes(spec: ModelSpec, settings: MemorySettings, *, backward: bool) -> 
         settings: loss, batch, length and precision are read.
         backward: False counts the forward part alone (evaluation).
     """
-    if settings.objective == "reward":
+    if outputs(settings):
         return 0
     count, a = tokens(settings), compute_bytes(settings)
     if settings.loss == "full_logits":

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from advisor.estimate import activations as act
 from advisor.estimate import states
 from advisor.estimate.layers import Layout, layout, targeted
-from advisor.estimate.tunable import LOW_RANK, VIRTUAL, count, trainable_parameters, tuner_name
+from advisor.estimate.tunable import LOW_RANK, VIRTUAL, count, outputs, trainable_parameters, tuner_name
 from advisor.types import Band, MemoryEstimate, MemorySettings, ModelSpec, Part, Record
 
 __all__ = ["estimate_memory", "traced_estimate", "trainable_parameters"]
@@ -194,7 +194,7 @@ def _block(case: _Case) -> list[Part]:
 
 def _vocabulary(case: _Case) -> int:
     """Entries of the output matrix; none when a reward or classifier head replaces it."""
-    return 0 if case.settings.objective == "reward" else case.plan.head or case.plan.embedding
+    return 0 if outputs(case.settings) else case.plan.head or case.plan.embedding
 
 
 def _head_gradient(case: _Case) -> Part:

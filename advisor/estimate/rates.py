@@ -12,6 +12,7 @@ from typing import Any
 from advisor.estimate.activations import trains_everything
 from advisor.estimate.layers import Layout
 from advisor.estimate.states import trained_bytes
+from advisor.estimate.tunable import outputs
 from advisor.types import AcceleratorFacts, Hardware, MemorySettings, ModelSpec, Record
 
 Rules = Mapping[str, Any]
@@ -46,7 +47,7 @@ def flops(
     factor = table[group + ("_checkpointed" if settings.gradient_checkpointing else "")]
     active = spec.active_parameters or plan.parameters
     matrices = active - (plan.embedding if plan.head else 0) - plan.positions
-    if settings.objective == "reward":
+    if outputs(settings):
         matrices -= plan.head or plan.embedding
     attention = 4 * spec.shape.heads * spec.shape.head_dim * plan.blocks * length / 2
     return float(tokens * factor * (matrices + attention / 2))

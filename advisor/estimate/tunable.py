@@ -10,9 +10,9 @@ from advisor.errors import UnknownNameError
 from advisor.estimate.layers import Layout, Linear, layout, targeted
 from advisor.types import MemorySettings, ModelSpec
 
-LOW_RANK = frozenset({"lora", "qlora", "rslora", "pissa", "dora", "adalora"})
+LOW_RANK = frozenset({"lora", "qlora", "rslora", "pissa", "dora", "adalora", "classifier_head"})
 VIRTUAL = frozenset({"prompt_tuning", "p_tuning", "prefix_tuning"})
-TUNERS = LOW_RANK | VIRTUAL | {"full", "ia3", "bitfit", "layernorm", "adapter", "vera", "classifier_head"}
+TUNERS = LOW_RANK | VIRTUAL | {"full", "ia3", "bitfit", "layernorm", "adapter", "vera"}
 ALIASES = {
     "prompt": "prompt_tuning", "prefix": "prefix_tuning", "ptuning": "p_tuning", "ln_tuning": "layernorm",
     "layer_norm": "layernorm", "bottleneck": "adapter", "houlsby": "adapter", "ia_3": "ia3",
@@ -40,7 +40,7 @@ def trainable_parameters(spec: ModelSpec, settings: MemorySettings) -> int:
 
     Args:
         spec: the model.
-        settings: tuner, target, lora_r, virtual_tokens and bottleneck are read.
+        settings: tuner, target, lora_r, virtual_tokens, bottleneck and classes are read.
 
     Raises:
         UnknownNameError: the tuner is not known.
@@ -51,9 +51,9 @@ def trainable_parameters(spec: ModelSpec, settings: MemorySettings) -> int:
 def count(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
     """Like `trainable_parameters`, with the layout at hand."""
     tuner = tuner_name(settings.tuner)
-    head = spec.shape.hidden if settings.objective == "reward" else 0
+    head = spec.shape.hidden * outputs(settings)
     if tuner == "full":
-        return plan.parameters - (plan.head if settings.objective == "reward" else 0) + head
+        return plan.parameters - (plan.head if outputs(settings) else 0) + head
     if tuner in LOW_RANK:
         return (
             plan.blocks * sum(_low_rank(tuner, one, settings.lora_r) for one in _targets(plan, settings))
@@ -62,6 +62,13 @@ def count(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
     if tuner in VIRTUAL:
         return _virtual(tuner, spec, settings) + head
     return _small(tuner, spec, plan, settings) + head
+
+
+def outputs(settings: MemorySettings) -> int:
+    """Return how many scores a head gives in place of a vocabulary; 0 for a language model."""
+    if tuner_name(settings.tuner) == "classifier_head":
+        return max(settings.classes, 1)
+    return 1 if settings.objective == "reward" else 0
 
 
 def _targets(plan: Layout, settings: MemorySettings) -> tuple[Linear, ...]:
@@ -92,8 +99,6 @@ def _small(tuner: str, spec: ModelSpec, plan: Layout, settings: MemorySettings) 
         return _biases(spec, plan)
     if tuner == "vera":
         return plan.blocks * sum(settings.lora_r + one.outputs for one in _targets(plan, settings))
-    if tuner == "classifier_head":
-        return spec.shape.hidden
     per_adapter = 2 * settings.bottleneck * spec.shape.hidden + settings.bottleneck + spec.shape.hidden
     return plan.blocks * 2 * per_adapter
 

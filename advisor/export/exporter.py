@@ -97,6 +97,7 @@ def export_model(
     targets, wanted = _checked(to, tuple(quants))
     _need_packages()
     trained = find_trained(source, offline=offline, on_progress=on_progress)
+    _refuse_a_head(trained)
     place = out or Path(trained.folder) / "export"
     if needs_converter(trained.config) and targets == ("gguf",):
         converter = find_converter(llama_cpp, cache=cache or place, offline=offline, on_progress=on_progress)
@@ -141,6 +142,30 @@ def _convert(
     made = Export(source=str(source), files=tuple(files), notes=(*vocabulary.notes, note))
     write_json(out / "export.json", made)
     return made
+
+
+def _refuse_a_head(trained: Trained) -> None:
+    """Refuse a model that gives scores in place of words.
+
+    Raises:
+        ExportError: it has a head over classes, or one that gives marks.
+    """
+    kept = optional_json(Path(trained.adapter) / "adapter_config.json") if trained.adapter else None
+    scores = (kept or {}).get("task_type") == "SEQ_CLS" or any(
+        str(name).endswith("ForSequenceClassification") for name in trained.config.get("architectures") or ()
+    )
+    if not scores:
+        return
+    if trained.adapter and (Path(trained.adapter) / "labels.json").is_file():
+        raise ExportError(
+            "This model picks a class and writes no text; programs that read GGUF expect one that writes.",
+            "Load it with transformers (AutoModelForSequenceClassification) and peft, labels.json names its "
+            "outputs; or train the labels as text: ftadvisor plan --method lora",
+        )
+    raise ExportError(
+        "This is a reward model: it gives marks and writes no text, which programs that read GGUF expect.",
+        "Train against it (objective rloo) and export that model, or load it with transformers and peft.",
+    )
 
 
 def _checked(to: Sequence[str], quants: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

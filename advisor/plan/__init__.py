@@ -14,7 +14,7 @@ from advisor.knowledge import Knowledge
 from advisor.plan import overrides as own
 from advisor.plan.case import Case, takes_too_long
 from advisor.plan.export import export_plan
-from advisor.plan.settings import Sheet, stage_sheet
+from advisor.plan.settings import Sheet, program_of, stage_sheet
 from advisor.plan.warn import warnings_of
 from advisor.plan.words import alternatives, assumptions, summary
 from advisor.recommend import Advice, Option, advise, candidates_of
@@ -162,7 +162,7 @@ def _stage(
     if "replay_fraction" in sheet.settings:
         names += [d.name for d in advice.situation.earlier]
     return Stage(
-        objective=fitted.objective, program=knowledge.objectives[fitted.objective].program,
+        objective=fitted.objective, program=program_of(fitted.objective, option.proposal.facts, knowledge),
         settings=sheet.settings, why=sheet.why, datasets=tuple(names),
         estimate=StageEstimate(
             peak_bytes=estimate.peak_bytes, parts=parts, seconds=time.seconds, disk_bytes=disk["total"],

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from advisor.knowledge import Knowledge
+from advisor.recommend.chains import REINFORCEMENT
 from advisor.recommend.gates import Proposal
 from advisor.recommend.situation import Situation, rule
 from advisor.types import LearningRate, Objective
@@ -30,12 +31,15 @@ def learning_rate(
     if full and proposal.spec.parameters >= large["from_parameters"] and objective != "cpt":
         rate *= large["factor"]
         reasons.append("less for a model this large")
-    if proposal.spec.parameters < change["small_model_below"]:
-        rate *= change["small_model_preference_factor"]
+    small = rule(knowledge, "settings", "learning_rate_reinforcement_small")
+    online = objective in REINFORCEMENT and proposal.spec.parameters < small["below"]
+    if online or proposal.spec.parameters < change["small_model_below"]:
+        rate *= small["factor"] if online else change["small_model_preference_factor"]
         reasons.append("more for a model this small")
     if objective != "cpt":
         ceiling, _, _ = _sft(proposal, situation, knowledge)
-        share = 0.5 if objective == "reward" else change["preference_below_sft"]
+        below = small["below_sft"] if online else change["preference_below_sft"]
+        share = 0.5 if objective == "reward" else below
         if rate > ceiling * share:
             rate = ceiling * share
             reasons.append("kept below the rate of the SFT stage")

@@ -15,8 +15,9 @@ import msgspec
 from advisor.errors import UnknownNameError, UsageError
 from advisor.knowledge import Knowledge
 from advisor.plan.learning_rate import rate_facts
-from advisor.plan.settings import Sheet
+from advisor.plan.settings import Sheet, program_of
 from advisor.programs import check_value
+from advisor.recommend.chains import REINFORCEMENT
 from advisor.recommend.gates import Proposal
 from advisor.recommend.situation import rule
 from advisor.types import MemorySettings, Objective, ProgramKey, Value
@@ -67,7 +68,7 @@ def check_names(
 
 def _more_keys(objective: Objective, proposal: Proposal, knowledge: Knowledge) -> dict[str, ProgramKey]:
     """Return what the program of a stage reads with this tuner, whether the advice says anything of it."""
-    program = knowledge.programs.get(knowledge.objectives[objective].program)
+    program = knowledge.programs.get(program_of(objective, proposal.facts, knowledge))
     keys = program.keys if program else {}
     return {
         name: facts
@@ -181,7 +182,8 @@ def _outside(name: str, value: Value, objective: Objective, proposal: Proposal, 
         low, high = facts.low, facts.high
         small = rule(knowledge, "settings", "learning_rate_change")
         if proposal.spec.parameters < small["small_model_below"]:
-            high *= small["small_model_preference_factor"]
+            online = rule(knowledge, "settings", "learning_rate_reinforcement_small")
+            high *= online["factor"] if objective in REINFORCEMENT else small["small_model_preference_factor"]
     else:
         ranges = rule(knowledge, "settings", "ranges")
         band = ranges.get(objective, {}).get(name) or ranges.get(name)

@@ -21,7 +21,7 @@ from advisor.units import format_bytes, from_gib
 EXTRAS = {
     "train": (
         "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "tokenizers",
-        "safetensors",
+        "safetensors", "jsonschema",
     ),
     "gguf": ("gguf", "llama-cpp-python"),
 }  # fmt: skip

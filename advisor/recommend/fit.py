@@ -384,8 +384,9 @@ def memory_settings(
         gradient_checkpointing=attempt.checkpointing, optimizer=attempt.optimizer,
         lora_r=attempt.rank, target="all-linear", attention="sdpa", loss=attempt.loss,
         virtual_tokens=_int(facts.get("virtual_tokens")), bottleneck=_int(facts.get("bottleneck")),
-        generations=_int(generations), gpus=layout.gpus, shard=layout.shard, offload=layout.offload,
-        device=situation.machine.device,
+        generations=_int(generations),
+        classes=max([d.classes or 0 for d in situation.demos], default=0),
+        gpus=layout.gpus, shard=layout.shard, offload=layout.offload, device=situation.machine.device,
         packed=proposal.facts.packing and packs(objective, situation, knowledge),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def save_result(
     settings: Settings,
     *,
     measure: Callable[[], dict[str, Any]],
+    beside: Mapping[str, bytes],
 ) -> Saved:
     """Save the result into the working folder.
 
@@ -53,6 +54,7 @@ def save_result(
         recipe: names the base in the adapter's configuration.
         settings: of the recipe.
         measure: returns the held-out figures.
+        beside: files to save with the weights, by name.
     """
     whole = recipe.tuner in WHOLE
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -68,6 +70,8 @@ def save_result(
     else:
         _save_adapter(model, recipe)
     tokenizer.save_pretrained(PARTIAL)
+    for name, content in beside.items():
+        (PARTIAL / name).write_bytes(content)
     size = sum(path.stat().st_size for path in PARTIAL.rglob("*") if path.is_file())
     return Saved(name=_publish("model" if whole else "adapter"), bytes=size, measured=measured)
 

@@ -9,8 +9,9 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -99,6 +100,7 @@ def carry_out(
     settings: Settings,
     *,
     measure: Callable[[], dict[str, Any]],
+    beside: Mapping[str, bytes] = MappingProxyType({}),
 ) -> int:
     """Train with a trainer that is ready, from the newest whole checkpoint on, and save the result.
 
@@ -108,6 +110,7 @@ def carry_out(
         tokenizer: saved beside the weights.
         settings: of the recipe.
         measure: returns `loss` on rows that are not trained on, and what else is known of them.
+        beside: files that are saved with the weights, by name.
     """
     events, stop = session.events, session.stop
     begin = checkpoints.newest(CHECKPOINTS, fit_of(session))
@@ -153,7 +156,7 @@ def carry_out(
         if _asked(stop) and trainer.state.global_step < trainer.state.max_steps:
             events.write("note", message=f"Stopped after step {trainer.state.global_step}.")
             return STOPPED
-    place = save_result(trainer, tokenizer, session.recipe, settings, measure=measure)
+    place = save_result(trainer, tokenizer, session.recipe, settings, measure=measure, beside=beside)
     at = begin.step if chosen else trainer.state.max_steps
     events.write("heldout", when="after", step=at, **place.measured)
     events.write(
@@ -278,9 +281,16 @@ def open_model(
     tokenizer: PreTrainedTokenizerBase,
     ending: Ending,
     *,
-    task: str = "CAUSAL_LM",
+    labels: int = 0,
 ) -> Any:
     """Load the base with exactly the tuner's weights trainable, or go on with an earlier stage's adapter.
+
+    Args:
+        session: of this program.
+        settings: of the recipe.
+        tokenizer: of the model.
+        ending: settled for that tokenizer.
+        labels: outputs of a head that is trained in place of the vocabulary's; 0: a language model.
 
     Raises:
         RefusedError: the earlier stage left whole weights, and this one trains an adapter.
@@ -293,11 +303,15 @@ def open_model(
             "looked for on the original base.",
             "Use the tuner full for this stage, or an adapter for both.",
         )
-    labels = 1 if task == "SEQ_CLS" else 0
     base = load_model(recipe.model, settings, biases=recipe.tuner == "bitfit", labels=labels)
     apply_ending(base, ending)
     if start is not None and not labels:
         session.events.write("note", message=f"Going on with the adapter in {start}, in its own shape.")
     return prepare_model(
-        base, recipe.tuner, settings, tokenizer=tokenizer, task=task, start=None if labels else start
+        base,
+        recipe.tuner,
+        settings,
+        tokenizer=tokenizer,
+        task="SEQ_CLS" if labels else "CAUSAL_LM",
+        start=None if labels else start,
     )

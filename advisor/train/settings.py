@@ -15,7 +15,8 @@ from advisor.types import Recipe, Record
 LOW_RANK = ("lora", "qlora")
 VIRTUAL = ("prompt_tuning", "p_tuning", "prefix_tuning")
 PEFT_TUNERS = (*LOW_RANK, "ia3", "ln_tuning", *VIRTUAL)
-TUNERS = ("full", *PEFT_TUNERS, "bitfit", "adapter")
+HEAD = "classifier_head"
+TUNERS = ("full", *PEFT_TUNERS, "bitfit", "adapter", HEAD)
 AGAINST_REFERENCE = ("dpo", "kto", "rloo", "grpo")
 """Objectives that compare the model with what it was: the adapter switched off."""
 
@@ -67,6 +68,10 @@ class SftSettings(Settings, frozen=True, kw_only=True):
     init_text: str = "Answer the question exactly as the examples do."
     bottleneck: int = 64
     bottleneck_style: Literal["houlsby", "pfeiffer"] = "houlsby"
+
+
+class ClassifySettings(Settings, frozen=True, kw_only=True):
+    """One field for each key of recipes/classify/program.toml."""
 
 
 class CptSettings(Settings, frozen=True, kw_only=True):
@@ -266,6 +271,11 @@ def _formats(tuner: str, settings: Settings, *, cuda: bool) -> tuple[Conflict, .
 
 def _tuners(tuner: str, objective: str, settings: Settings) -> tuple[Conflict, ...]:
     return (
+        (
+            settings.packing and tuner == HEAD,
+            "packing is not possible with a classifier head: the class is read from the last token of a row.",
+            "Set packing: false.",
+        ),
         (
             settings.packing and objective not in ("sft", "cpt"),
             f"packing is not possible with {objective}: answers are compared row by row.",

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from advisor.errors import ModelError, RefusedError, UnknownNameError
 from advisor.train import bottleneck
-from advisor.train.settings import LOW_RANK, TUNERS, Settings, SftSettings
+from advisor.train.settings import HEAD, LOW_RANK, TUNERS, Settings, SftSettings
 from advisor.types import Record
 
 GROUPS = {
@@ -82,7 +82,7 @@ def prepare_model(
         return model
     if start is not None:
         return _go_on(model, settings, start)
-    if tuner in LOW_RANK:
+    if tuner in (*LOW_RANK, HEAD):
         wrapped: nn.Module = get_peft_model(model, lora_config(model, settings, task=task))
         if settings.lora_init != "default":
             wrapped.save_pretrained(INITIAL)  # type: ignore[operator]  # a PeftModel

@@ -45,7 +45,7 @@ def train(session: Session) -> int:
     settings = read_settings(recipe, RewardSettings, cuda=torch.cuda.is_available())
     tokenizer, template, ending = open_tokenizer(session)
     data = open_judged(session, settings, tokenizer, template, ending)
-    model = open_model(session, settings, tokenizer, ending, task="SEQ_CLS")
+    model = open_model(session, settings, tokenizer, ending, labels=1)
     trainer = ReadyRewardTrainer(
         model=model,
         args=RewardConfig(

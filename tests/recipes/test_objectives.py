@@ -37,7 +37,7 @@ RECORDS = {
     "sft": records.SftSettings, "cpt": records.CptSettings, "dpo": records.DpoSettings,
     "kto": records.KtoSettings, "orpo": records.OrpoSettings, "simpo": records.SimpoSettings,
     "reward": records.RewardSettings, "rloo": records.ReinforcementSettings,
-    "grpo": records.ReinforcementSettings,
+    "grpo": records.ReinforcementSettings, "classify": records.ClassifySettings,
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {"kto": {"beta": 0.1}, "cpt": {"loss_on": "all"}, "dpo": {"beta": 0.1}}
 PAIRED = ("dpo", "orpo", "simpo", "reward")
