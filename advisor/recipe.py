@@ -22,6 +22,7 @@ from advisor.types import (
     Recipe,
     RecipeDataset,
     RecipeModel,
+    RecipeParallel,
     Stage,
 )
 
@@ -69,6 +70,8 @@ def _recipe(number: int, plan: Plan, model: PlanModel, packages: Mapping[str, st
         ),
         datasets=tuple(_dataset(named[name]) for name in stage.datasets if name in named),
         settings={**stage.settings, **({"reward_model": judge} if judge else {})}, seed=seed,
+        parallel=None if plan.parallel == "none"
+        else RecipeParallel(kind=plan.parallel, processes=plan.processes),
         packages=dict(sorted(packages.items())),
     )  # fmt: skip
 

@@ -459,6 +459,8 @@ class Plan(Record, frozen=True, kw_only=True):
     hardware: Hardware | None = None
     datasets: tuple[DatasetProfile, ...] = ()
     goal: Goal = Goal()
+    processes: int = 1
+    """How many devices `parallel` spreads over."""
 
 
 # --- the recipe ----------------------------------------------------------------------------------
@@ -503,6 +505,16 @@ class Lineage(Record, frozen=True, kw_only=True):
     consents: tuple[str, ...] = ()
 
 
+class RecipeParallel(Record, frozen=True, kw_only=True):
+    """How one training is spread over several processes of one machine, one device each."""
+
+    kind: Literal["ddp", "fsdp", "zero3"]
+    """ddp: every process holds the whole model. fsdp, zero3: each holds a part of it."""
+    processes: int
+    device: Literal["cuda", "cpu"] = "cuda"
+    """`cpu` proves that the spreading works; it is no faster."""
+
+
 class Recipe(Record, frozen=True, kw_only=True):
     """All that a program needs to train one stage; a person may read, edit and run it again."""
 
@@ -514,6 +526,8 @@ class Recipe(Record, frozen=True, kw_only=True):
     datasets: tuple[RecipeDataset, ...]
     settings: dict[str, Value]
     seed: int = 42
+    parallel: RecipeParallel | None = None
+    """None: one process on one device."""
     packages: dict[str, str] = {}
     """Versions that were installed when the recipe was written; information, not a constraint."""
     lineage: Lineage | None = None
@@ -539,6 +553,8 @@ class Program(Record, frozen=True, kw_only=True):
     title: str = ""
     objectives: tuple[str, ...] = ()
     tuners: tuple[str, ...] = ()
+    sharded: tuple[str, ...] = ()
+    """Tuners that it trains with the weights spread over several devices."""
     keys: dict[str, ProgramKey]
 
 

@@ -15,10 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from advisor.resources import recipes_dir
+from advisor.run.devices import ACCELERATE, accelerate_config
 from advisor.run.events import read_events
 from advisor.run.supervisor import run_plan
 from advisor.storage import encode_yaml, read_record, write_atomic
-from advisor.types import Objective, Recipe, RecipeDataset, RecipeModel, RunReport, Value
+from advisor.types import (
+    Objective,
+    Recipe,
+    RecipeDataset,
+    RecipeModel,
+    RecipeParallel,
+    RunReport,
+    Value,
+)
 
 COLOURS = ("red", "blue", "green", "white", "black", "brown")
 THINGS = ("door", "boat", "cup", "hill", "lamp", "coat", "bread")
@@ -54,9 +63,10 @@ def write_rows(path: Path, content: list[dict[str, Any]]) -> Path:
 
 def make_run(
     folder: Path, *, tuner: str, model: Path, data: Path, kind: str = "instruction",
-    objective: Objective = "sft", after: str | None = None, **settings: Value,
+    objective: Objective = "sft", after: str | None = None, parallel: RecipeParallel | None = None,
+    **settings: Value,
 ) -> Path:  # fmt: skip
-    """Write a run folder with a recipe for the tiny model."""
+    """Write a run folder with a recipe for the tiny model, and what several processes need."""
     folder.mkdir(parents=True, exist_ok=True)
     low_rank = LORA if tuner in WEIGHT_BITS else {}
     chosen = {**SETTINGS, **low_rank, "weight_bits": WEIGHT_BITS.get(tuner, 32), **settings}
@@ -70,8 +80,11 @@ def make_run(
         datasets=(RecipeDataset(name="data", path=str(data), kind=kind),),  # type: ignore[arg-type]
         settings=chosen,
         seed=7,
+        parallel=parallel,
     )
     write_atomic(folder / "recipe.yaml", encode_yaml(recipe))
+    if parallel is not None:
+        write_atomic(folder / ACCELERATE, encode_yaml(accelerate_config(recipe, parallel)))
     return folder
 
 

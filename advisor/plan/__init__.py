@@ -57,6 +57,7 @@ def make_plan(scenario: Scenario, knowledge: Knowledge) -> Plan:
     return Plan(
         verdict=verdict, method=_method(advice, option), task_kind=situation.task_kind, stages=stages,
         model=_plan_model(spec), parallel=option.fit.layout.parallel if option and option.fit else "none",
+        processes=option.fit.layout.gpus if option and option.fit else 1,
         export=case.export, warnings=warnings_of(case, knowledge), alternatives=alternatives(case, knowledge),
         candidates=candidates_of(advice, knowledge), summary=summary(case, verdict, knowledge),
         assumptions=assumptions(case, knowledge), hardware=scenario.hardware,

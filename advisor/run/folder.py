@@ -13,6 +13,7 @@ from pathlib import Path
 
 from advisor.errors import RefusedError
 from advisor.recipe import encode
+from advisor.run.devices import device_files
 from advisor.storage import read_record, write_atomic, write_json
 from advisor.types import Plan, Recipe, Record, RunReport
 
@@ -48,7 +49,7 @@ def recipe_names(plan: Plan) -> list[str]:
 
 
 def create_run_folder(folder: Path, plan: Plan, recipes: tuple[Recipe, ...]) -> Path:
-    """Write plan.json and the recipes into a new or empty folder.
+    """Write plan.json, the recipes, and what several devices need, into a new or empty folder.
 
     Raises:
         RefusedError: the folder is already in use.
@@ -58,6 +59,8 @@ def create_run_folder(folder: Path, plan: Plan, recipes: tuple[Recipe, ...]) -> 
     write_json(folder / "plan.json", plan)
     for name, recipe in zip(recipe_names(plan), recipes, strict=True):
         write_atomic(folder / name, encode(recipe))
+    for name, content in device_files(plan, recipes).items():
+        write_atomic(folder / name, content)
     return folder
 
 

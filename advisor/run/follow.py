@@ -5,9 +5,6 @@ action that ended it. Never does: decide; start the next attempt."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +14,7 @@ import msgspec
 from advisor.errors import AdvisorError, InterruptedRunError, TrainingError
 from advisor.run.events import Event, EventReader, EventWriter
 from advisor.run.failures import classify
-from advisor.run.launch import LOG, Interrupts
+from advisor.run.launch import LOG, Interrupts, Workers
 from advisor.run.machine import MachineWatch
 from advisor.run.policy import Action, answered, react
 from advisor.run.signs import RunState, observe
@@ -52,35 +49,37 @@ class Follower:
         self.error: AdvisorError | None = None
         """Why the last attempt ended, when no other follows it."""
 
-    def follow(self, process: subprocess.Popen[bytes], state: RunState) -> Outcome:
+    def follow(self, workers: Workers, state: RunState) -> Outcome:
         """Pass events on and act on them until the program ends."""
         said: Event | None = None
         asked = 0
-        watch = MachineWatch(self._folder, process.pid)
+        watch = MachineWatch(self._folder, workers.pid)
         with Interrupts() as interrupts:
             while True:
-                status = process.poll()
+                status = workers.poll()
                 seen = self._reader.new_events()
                 for event in seen:
+                    if event["event"] == "error" and said is not None:
+                        continue  # what the first failure did to the other processes
                     self._on_event(event)
                     said = event if event["event"] == "error" else said
                 machine = watch.look()
                 for event in (*seen, *([machine] if machine else [])):
                     state, action = react(state, event, self._rules)
                     # Who wants to stop is not answered with another attempt.
-                    outcome = None if asked else self._act(process, state, action)
+                    outcome = None if asked else self._act(workers, state, action)
                     if outcome is not None:
                         return outcome
                 if status is not None:
                     break
                 if interrupts.count > asked:
                     asked = interrupts.count
-                    self._interrupt(process, times=asked)
+                    self._interrupt(workers, times=asked)
                 time.sleep(LOOK_EVERY_SECONDS)
-        return self._ended(process, state, status, said, watch, interrupted=asked > 0)
+        return self._ended(workers, state, status, said, watch, interrupted=asked > 0)
 
     def _ended(
-        self, process: subprocess.Popen[bytes], state: RunState, status: int, said: Event | None,
+        self, workers: Workers, state: RunState, status: int, said: Event | None,
         watch: MachineWatch, *, interrupted: bool,
     ) -> Outcome:  # fmt: skip
         self.error = None
@@ -99,14 +98,14 @@ class Follower:
             "event": "ended", "code": self.error.code, "message": self.error.message, **watch.at_the_end()
         }  # fmt: skip
         state, action = react(state, ended, self._rules)
-        return self._act(process, state, action) or Outcome(state=state)
+        return self._act(workers, state, action) or Outcome(state=state)
 
-    def _act(self, process: subprocess.Popen[bytes], state: RunState, action: Action) -> Outcome | None:
+    def _act(self, workers: Workers, state: RunState, action: Action) -> Outcome | None:
         """Write an action down and carry out its part; an Outcome when it ends the attempt."""
         if action.kind in ("continue", "fail"):
             return None
         if action.kind in ENDS_THE_PROGRAM:
-            end_group(process)
+            workers.kill()
             for event in self._reader.new_events():
                 self._on_event(event)
         if action.kind == "ask":
@@ -123,15 +122,15 @@ class Follower:
         self.error = None
         return Outcome(state=state, action=action)
 
-    def _interrupt(self, process: subprocess.Popen[bytes], *, times: int) -> None:
+    def _interrupt(self, workers: Workers, *, times: int) -> None:
         """First ask the program to save and stop; the second time end it."""
         if times == 1:
             self._events.write(
                 "note", message="Stopping: the step is finished and saved. Ctrl-C again ends it at once."
             )
-            process.send_signal(signal.SIGTERM)
+            workers.ask_to_stop()
         else:
-            end_group(process)
+            workers.kill()
 
 
 def begin(state: RunState, events: list[Event], rules: Thresholds) -> RunState:
@@ -139,13 +138,6 @@ def begin(state: RunState, events: list[Event], rules: Thresholds) -> RunState:
     for event in events:
         state = observe(state, event, rules)
     return msgspec.structs.replace(state.fresh(), settings=state.settings)
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill the program and whatever it started, if it still lives."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def log_tail(path: Path) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -26,9 +25,9 @@ from advisor.probe.hardware import probe_hardware
 from advisor.run.attempts import Attempt, derive
 from advisor.run.events import Event, EventWriter, read_events
 from advisor.run.failures import classify
-from advisor.run.follow import end_group, log_tail
+from advisor.run.follow import log_tail
 from advisor.run.ladder import Trainee, next_rung
-from advisor.run.launch import LOG, Interrupts, require_packages, start_program
+from advisor.run.launch import LOG, Interrupts, Workers, require_packages, start_program
 from advisor.run.observe import observed_probe
 from advisor.run.policy import react
 from advisor.run.signs import RunState
@@ -73,6 +72,9 @@ def probe_first(
         InterruptedRunError: a person stopped it.
     """
     if wanted is False:
+        return start
+    if job.recipe.parallel is not None:
+        on_event(events.write("note", message="No steps are tried first on several devices."))
         return start
     knowledge, folder = load(), Path(job.folder)
     machine = probe_hardware(output=folder, cache=folder, knowledge=knowledge)
@@ -156,7 +158,7 @@ def probe_steps(job: Job, machine: Hardware, knowledge: Knowledge, *, scratch: P
     folder = Path(tempfile.mkdtemp(prefix=".probe-", dir=scratch))
     try:
         write_atomic(folder / RECIPE, encode_yaml(anchored(job.recipe, Path(job.folder))))
-        error = _run(folder, job.recipe.program, knowledge.rules["probe"]["real_steps"])
+        error = _run(folder, job.recipe, knowledge.rules["probe"]["real_steps"])
         events = {event["event"]: event for event in read_events(folder / EVENTS)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -186,27 +188,27 @@ def anchored(recipe: Recipe, folder: Path) -> Recipe:
     return msgspec.structs.replace(recipe, model=model, datasets=datasets, settings=settings)
 
 
-def _run(folder: Path, program: str, limits: Mapping[str, Any]) -> AdvisorError | None:
+def _run(folder: Path, recipe: Recipe, limits: Mapping[str, Any]) -> AdvisorError | None:
     order = {"steps": limits["typical_steps"], "seconds": limits["longest_seconds"]}
     variables = {ORDER: msgspec.json.encode(order).decode()}
-    process = start_program(folder, Path(RECIPE), program, lock=None, variables=variables)
+    workers = start_program(folder, Path(RECIPE), recipe, lock=None, variables=variables)
     try:
-        status = _wait(process)
+        status = _wait(workers)
     finally:
-        end_group(process)
+        workers.kill()
     if status == 0:
         return None
     errors = [event for event in read_events(folder / EVENTS) if event["event"] == "error"]
     return classify(status, errors[-1] if errors else None, log_tail(folder / LOG))
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
+def _wait(workers: Workers) -> int:
     with Interrupts() as interrupts:
-        while process.poll() is None:
+        while (status := workers.poll()) is None:
             if interrupts.count:
                 raise InterruptedRunError("Stopped before the training began.", "Start again: ftadvisor run")
             time.sleep(LOOK_EVERY_SECONDS)
-    return process.returncode
+    return status
 
 
 def judge(

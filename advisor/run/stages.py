@@ -14,6 +14,7 @@ import msgspec
 from advisor.errors import InputError, RefusedError
 from advisor.recipe import check
 from advisor.resources import recipes_dir
+from advisor.run.devices import ACCELERATE
 from advisor.run.events import read_events, stage_of
 from advisor.storage import file_sha256, read_record, write_json
 from advisor.types import Plan, Program, Recipe, Record, RunReport, StageEstimate
@@ -21,6 +22,7 @@ from advisor.types import Plan, Program, Recipe, Record, RunReport, StageEstimat
 EVENTS, REPORT, PLAN = "events.jsonl", "report.json", "plan.json"
 RESULTS = ("adapter", "model", "heldout.jsonl")
 CHECKPOINTS = "checkpoints"
+AGAIN = "Plan again: ftadvisor plan --help"
 NUMBERED = re.compile(r"recipe-(\d+)-")
 
 
@@ -47,26 +49,26 @@ def read_jobs(folder: Path) -> tuple[Job, ...]:
     Raises:
         InputError: the folder, plan.json or a recipe is missing or wrong.
         UsageError: a setting is not one of the program's, or out of its range.
-        RefusedError: several devices are planned, or a program does not exist.
+        RefusedError: a program does not exist, or does not spread the training as planned.
     """
-    again = "Plan again: ftadvisor plan --help"
     if not folder.is_dir():
         raise InputError(f"There is no run folder {folder}.", "Make one: ftadvisor plan --out DIR ...")
     files = sorted(folder.glob("recipe*.yaml"), key=_number)
     if not files:
-        raise InputError(f"{folder} holds no recipe.yaml, so it is not a run folder.", again)
-    plan = read_record(folder / PLAN, Plan, remedy=again) if (folder / PLAN).exists() else None
-    if plan is not None and plan.parallel != "none":
-        raise RefusedError(
-            f"This plan spreads the training over several devices ({plan.parallel}), which this version does "
-            "not run; on one device it would not fit or take another time than planned.",
-            "Plan for one device: ftadvisor plan --hardware ..., with a smaller model or --method qlora.",
-        )
+        raise InputError(f"{folder} holds no recipe.yaml, so it is not a run folder.", AGAIN)
+    plan = read_record(folder / PLAN, Plan, remedy=AGAIN) if (folder / PLAN).exists() else None
     estimates = [stage.estimate for stage in plan.stages] if plan is not None else []
-    return tuple(
+    jobs = tuple(
         _job(folder, file, estimates[n] if n < len(estimates) else None, last=file == files[-1])
         for n, file in enumerate(files)
     )
+    if plan is not None and plan.parallel != "none" and any(job.recipe.parallel is None for job in jobs):
+        raise RefusedError(
+            f"The plan spreads the training over several devices ({plan.parallel}), and a recipe says "
+            "nothing of it; on one device it would not fit, or take another time than planned.",
+            "Plan for one device: ftadvisor plan --hardware ..., with a smaller model or --method qlora.",
+        )
+    return jobs
 
 
 def read_job(place: Path) -> Job:
@@ -97,7 +99,9 @@ def _job(folder: Path, file: Path, estimate: StageEstimate | None, *, last: bool
         raise RefusedError(
             f"This version has no training program {recipe.program!r}.", "Plan again: ftadvisor plan --help"
         )
-    check(recipe, msgspec.toml.decode((program / "program.toml").read_bytes(), type=Program))
+    facts = msgspec.toml.decode((program / "program.toml").read_bytes(), type=Program)
+    check(recipe, facts)
+    _check_parallel(folder, recipe, facts)
     return Job(
         folder=str(folder),
         recipe_file=file.name,
@@ -106,6 +110,20 @@ def _job(folder: Path, file: Path, estimate: StageEstimate | None, *, last: bool
         estimate=estimate,
         last=last,
     )
+
+
+def _check_parallel(folder: Path, recipe: Recipe, facts: Program) -> None:
+    if recipe.parallel is None:
+        return
+    if not (folder / ACCELERATE).is_file():
+        raise InputError(f"{folder} lacks {ACCELERATE}, which says how the devices work together.", AGAIN)
+    if recipe.parallel.kind != "ddp" and recipe.tuner not in facts.sharded:
+        raise RefusedError(
+            f"{recipe.objective} with {recipe.tuner} is not trained with its weights spread over several "
+            f"devices ({recipe.parallel.kind}); so far that goes with "
+            + (f"{' and '.join(facts.sharded)}." if facts.sharded else "sft and cpt."),
+            "Plan it so that it fits each device: a smaller model, --method qlora, or a shorter max_seq_len.",
+        )
 
 
 def stage_folder(job: Job) -> Path:

@@ -18,7 +18,7 @@ from advisor.probe.software import installed_packages
 from advisor.run.attempts import Attempt, derive, newest_attempt
 from advisor.run.checks import check_data, check_disk, drift, fetch_model
 from advisor.run.events import EventReader, EventWriter, read_events
-from advisor.run.follow import Ask, Follower, OnEvent, begin, end_group
+from advisor.run.follow import Ask, Follower, OnEvent, begin
 from advisor.run.ladder import Trainee
 from advisor.run.launch import require_packages, start_program
 from advisor.run.lock import FolderLock
@@ -49,7 +49,7 @@ def run_plan(
     folder: Path, *, resume: bool, on_event: OnEvent, offline: bool, allowed: tuple[str, ...] = (),
     ask: Ask = lambda _: False, probe: bool | None = None,
 ) -> RunReport:  # fmt: skip
-    """Train what a run folder plans, in a process of its own.
+    """Train what a run folder plans, in a process of its own or one for each device.
 
     Args:
         folder: written by `ftadvisor plan`.
@@ -139,12 +139,12 @@ def _attempts(
     attempt, state = start
     folder = Path(job.folder)
     while True:
-        process = start_program(folder, Path(attempt.file), attempt.recipe.program, lock=lock.handle)
+        workers = start_program(folder, Path(attempt.file), attempt.recipe, lock=lock.handle)
         try:
-            told(attempt, process.pid)
-            outcome = follower.follow(process, state)
+            told(attempt, workers.pid)
+            outcome = follower.follow(workers, state)
         finally:
-            end_group(process)
+            workers.kill()
         if outcome.action is None:
             return follower.error
         state = outcome.state

@@ -18,6 +18,7 @@ from advisor.errors import TrainingError
 from advisor.run.events import EventWriter
 from advisor.train import checkpoints
 from advisor.train.memory import peak_memory
+from advisor.train.parallel import anywhere, is_first, wait_for_all
 from advisor.train.process import StopRequest
 
 TOLD = {
@@ -67,7 +68,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save and end after this step when a stop was asked for."""
+        """Save and end after this step when a stop was asked for, of whichever process."""
+        self._stop.asked = anywhere(self._stop.asked)
         if self._stop.asked:
             control.should_save = True
             control.should_training_stop = True
@@ -118,27 +120,29 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         """Make the checkpoint complete, drop old ones, and measure the held-out loss."""
         root = Path(args.output_dir)
         folder = root / f"checkpoint-{state.global_step}"
-        size = checkpoints.finish(
-            folder,
-            step=state.global_step,
-            recipe_sha256=self._recipe_sha256,
-            learning_rate=args.learning_rate,
-            optimizer=str(args.optim.value),
-        )
-        checkpoints.rotate(root, keep=self._keep)
-        self._events.write(
-            "checkpoint",
-            step=state.global_step,
-            path=str(folder),
-            bytes=size,
-            seconds=round(time.monotonic() - self._saving_since, 3),
-        )
+        wait_for_all()  # each process has written its part
+        if is_first():
+            size = checkpoints.finish(
+                folder,
+                step=state.global_step,
+                recipe_sha256=self._recipe_sha256,
+                learning_rate=args.learning_rate,
+                optimizer=str(args.optim.value),
+            )
+            checkpoints.rotate(root, keep=self._keep)
+            self._events.write(
+                "checkpoint",
+                step=state.global_step,
+                path=str(folder),
+                bytes=size,
+                seconds=round(time.monotonic() - self._saving_since, 3),
+            )
         if not self._stop.asked and state.global_step < state.max_steps:
             found = self._measure()
             if any(value is not None for value in found.values()):
                 step = state.global_step
                 self._events.write("heldout", when=f"at step {step}", step=step, **found)
-            if found.get("loss") is not None:
+            if found.get("loss") is not None and is_first():
                 checkpoints.note_heldout(folder, found["loss"])
         self._step_since = time.monotonic()
 

@@ -22,6 +22,7 @@ from transformers import (
 
 from advisor.errors import ModelError
 from advisor.resources import starter_dir
+from advisor.train.parallel import local_device
 from advisor.train.settings import Settings
 from advisor.types import RecipeModel, Record
 
@@ -74,7 +75,12 @@ def load_tokenizer(model: RecipeModel) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    model: RecipeModel, settings: Settings, *, biases: bool = False, labels: int = 0
+    model: RecipeModel,
+    settings: Settings,
+    *,
+    biases: bool = False,
+    labels: int = 0,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """Load the base with the weights as `weight_bits` says: 4 as NF4, 16 in the 16-bit format of `precision`,
     32 as fp32.
@@ -84,12 +90,13 @@ def load_model(
         settings: of the recipe.
         biases: add biases of zero to a family that has a place for them everywhere, and none of its own.
         labels: with this many outputs instead of a vocabulary; 0: a language model.
+        sharded: its weights will be spread over several devices.
 
     Raises:
         ModelError: its files are missing or unusable, or the architecture is unknown.
     """
     place, cuda = model_place(model), torch.cuda.is_available()
-    quantisation = _nf4(settings) if settings.weight_bits == 4 else None
+    quantisation = _nf4(settings, sharded=sharded) if settings.weight_bits == 4 else None
     kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     more: dict[str, Any] = {"num_labels": labels} if labels else {}
     try:
@@ -101,7 +108,7 @@ def load_model(
             dtype=base_dtype(settings),
             attn_implementation=ATTENTION[settings.attention],
             quantization_config=quantisation,
-            device_map={"": 0} if quantisation is not None and cuda else None,
+            device_map=local_device() if quantisation is not None and cuda and not sharded else None,
         )
     except (OSError, ValueError, KeyError, ImportError) as problem:
         raise ModelError(
@@ -141,12 +148,16 @@ def base_dtype(settings: Settings) -> torch.dtype:
     return torch.float16 if settings.precision == "fp16" else torch.bfloat16
 
 
-def _nf4(settings: Settings) -> BitsAndBytesConfig:
+def _nf4(settings: Settings, *, sharded: bool) -> BitsAndBytesConfig:
+    """Return what loads the base in 4 bits.
+
+    Bytes are not spread over devices, so for sharding the packed weights pose as the format of the others."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=settings.double_quant,
         bnb_4bit_compute_dtype=DTYPES[settings.precision],
+        bnb_4bit_quant_storage=base_dtype(settings) if sharded else torch.uint8,
     )
 
 

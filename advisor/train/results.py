@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from advisor.train import bottleneck
 from advisor.train.model import DTYPES, model_place
+from advisor.train.parallel import gathered, is_first
 from advisor.train.settings import Settings
 from advisor.train.tuners import INITIAL
 from advisor.types import Recipe, Record
@@ -46,7 +48,8 @@ def save_result(
 ) -> Saved:
     """Save the result into the working folder.
 
-    Fully tuned weights are converted to the recipe's precision first, so that `measure` sees what is saved.
+    Fully tuned weights are converted to the recipe's precision first, so that `measure` sees what is saved;
+    those of a sharded model are converted as they are gathered. All processes must call this.
 
     Args:
         trainer: the trainer that trained.
@@ -59,24 +62,35 @@ def save_result(
     whole = recipe.tuner in WHOLE
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.config.use_cache = True
-    if whole:
+    state = gathered(trainer)
+    if whole and state is None:
         model.to(DTYPES[settings.precision])
     measured = measure()
+    kind = "model" if whole else "adapter"
+    if not is_first():
+        return Saved(name=kind, bytes=0, measured=measured)
     shutil.rmtree(PARTIAL, ignore_errors=True)
     if whole:
-        model.save_pretrained(PARTIAL)
+        model.save_pretrained(PARTIAL, state_dict=_converted(model, state, DTYPES[settings.precision]))
     elif recipe.tuner == "adapter":
         _save_bottleneck(model, recipe)
     else:
-        _save_adapter(model, recipe)
+        _save_adapter(model, recipe, state)
     tokenizer.save_pretrained(PARTIAL)
     for name, content in beside.items():
         (PARTIAL / name).write_bytes(content)
     size = sum(path.stat().st_size for path in PARTIAL.rglob("*") if path.is_file())
-    return Saved(name=_publish("model" if whole else "adapter"), bytes=size, measured=measured)
+    return Saved(name=_publish(kind), bytes=size, measured=measured)
 
 
-def _save_adapter(model: Any, recipe: Recipe) -> None:
+def _converted(model: Any, state: dict[str, Any] | None, dtype: torch.dtype) -> dict[str, Any] | None:
+    """Return the weights of a sharded model as they are saved: what is shared is gathered twice, and goes
+    once."""
+    shared = model.all_tied_weights_keys
+    return state and {name: value.to(dtype) for name, value in state.items() if name not in shared}
+
+
+def _save_adapter(model: Any, recipe: Recipe, state: dict[str, Any] | None) -> None:
     """Save the trained adapter in PEFT's format; one that changed the base weights becomes a plain LoRA on
     the unchanged base."""
     config = model.peft_config["default"]
@@ -85,6 +99,7 @@ def _save_adapter(model: Any, recipe: Recipe) -> None:
     changed_base = INITIAL.is_dir()
     model.save_pretrained(
         PARTIAL,
+        state_dict=state,
         save_embedding_layers=False,
         selected_adapters=["default"],
         path_initial_model_for_weight_conversion=str(INITIAL) if changed_base else None,

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
 from advisor.errors import AdvisorError, ModelError, RefusedError
 from advisor.run.events import EventWriter, stage_of
@@ -32,6 +33,17 @@ from advisor.train.model import (
     load_tokenizer,
     settle_ending,
     start_adapter,
+)
+from advisor.train.parallel import (
+    anywhere,
+    is_first,
+    is_sharded,
+    parallel_arguments,
+    processes,
+    require_planned,
+    require_processes,
+    running,
+    wait_for_all,
 )
 from advisor.train.process import StopRequest, end_with_parent, report_crashes
 from advisor.train.results import WHOLE, save_result
@@ -70,8 +82,11 @@ class Session:
 def run_program(train: Callable[[Session], int], recipe_file: Path) -> int:
     """Train one recipe; every outcome is an event. Returns the exit status."""
     recipe = read_record(recipe_file, Recipe)
-    events = EventWriter(Path("events.jsonl"), stage_of(recipe_file.name, recipe.objective))
-    report_crashes(events)
+    stage = stage_of(recipe_file.name, recipe.objective)
+    # What went wrong may have happened in any process; all else is told once.
+    failures = EventWriter(Path("events.jsonl"), stage)
+    events = failures if is_first() else EventWriter(Path(os.devnull), stage)
+    report_crashes(failures)
     stop = StopRequest()
     stop.install()
     end_with_parent()
@@ -79,10 +94,11 @@ def run_program(train: Callable[[Session], int], recipe_file: Path) -> int:
     warnings.filterwarnings("error", message=".*autograd kernel was not registered")
     set_seed(recipe.seed)
     try:
+        require_processes(recipe)
         return train(Session(recipe, file_sha256(recipe_file), events, stop))
     except AdvisorError as error:
         kind = type(error).__name__
-        events.write("error", kind=kind, code=error.code, message=error.message, remedy=error.remedy)
+        failures.write("error", kind=kind, code=error.code, message=error.message, remedy=error.remedy)
         return FAILED
 
 
@@ -116,7 +132,9 @@ def carry_out(
     begin = checkpoints.newest(CHECKPOINTS, fit_of(session))
     for name, reason in begin.rejected.items():
         events.write("warning", message=f"{name} is not used: {reason}.")
-    checkpoints.remove_unusable(CHECKPOINTS, begin)
+    wait_for_all()  # all have looked before the first one tidies up
+    if is_first():
+        checkpoints.remove_unusable(CHECKPOINTS, begin)
     size = count(trainer.model)
     events.write(
         "model",
@@ -129,12 +147,13 @@ def carry_out(
     if session.probe is not None:
         probing.measure_steps(session.probe, trainer, session.recipe, settings, events, measure=measure)
         return DONE
-    if begin.folder is None:
-        events.write("heldout", when="before", step=0, **measure())
-    else:
+    if begin.folder is not None:
         events.write("note", message=f"Going on from the checkpoint of step {begin.step}.")
-    if _asked(stop):
+    elif not is_sharded(session.recipe):
+        events.write("heldout", when="before", step=0, **measure())
+    if anywhere(stop.asked):
         return STOPPED
+    trainer.add_callback(Spread(session, trainer, measure=None if begin.folder else measure))
     trainer.add_callback(
         Reporter(
             events,
@@ -153,7 +172,7 @@ def carry_out(
         if begin.marker is not None:
             go_on_changed(trainer, begin.marker, settings)
         trainer.train(resume_from_checkpoint=begin.folder)
-        if _asked(stop) and trainer.state.global_step < trainer.state.max_steps:
+        if anywhere(stop.asked) and trainer.state.global_step < trainer.state.max_steps:
             events.write("note", message=f"Stopped after step {trainer.state.global_step}.")
             return STOPPED
     place = save_result(trainer, tokenizer, session.recipe, settings, measure=measure, beside=beside)
@@ -162,7 +181,31 @@ def carry_out(
     events.write(
         "done", artefact=place.name, bytes=place.bytes, cpu_seconds=time.process_time(), **peak_memory()
     )
+    wait_for_all()  # the first process holds the others' connection
     return DONE
+
+
+class Spread(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Looks how the training is spread once it begins, and measures a sharded model for the first time."""
+
+    def __init__(
+        self, session: Session, trainer: Any, *, measure: Callable[[], dict[str, Any]] | None
+    ) -> None:
+        self._session, self._trainer, self._measure = session, trainer, measure
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what runs.
+
+        Raises:
+            TrainingError: it is not what was planned.
+        """
+        recipe, found = self._session.recipe, running(self._trainer)
+        if recipe.parallel is not None:
+            self._session.events.write("parallel", **msgspec.structs.asdict(found))
+        require_planned(found, recipe)
+        # Before it is spread, a sharded model lies in the host's memory, in one process only.
+        if self._measure is not None and is_sharded(recipe):
+            self._session.events.write("heldout", when="before", step=0, **self._measure())
 
 
 def fit_of(session: Session) -> checkpoints.Fit:
@@ -202,11 +245,6 @@ def go_on_changed(trainer: Any, marker: checkpoints.Marker, settings: Settings) 
     trainer._load_optimizer_and_scheduler = load_and_change
 
 
-def _asked(stop: StopRequest) -> bool:
-    """A signal sets it between any two lines, which a type checker cannot see."""
-    return stop.asked
-
-
 def planned_steps(checkpoint: str) -> int:
     """Return how many steps the run of a checkpoint has in all."""
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
@@ -222,7 +260,7 @@ def trainer_arguments(recipe: Recipe, settings: Settings) -> dict[str, Any]:
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps,
         "per_device_train_batch_size": settings.micro_batch,
-        "gradient_accumulation_steps": settings.effective_batch // settings.micro_batch,
+        "gradient_accumulation_steps": settings.effective_batch // (settings.micro_batch * processes(recipe)),
         "warmup_steps": settings.warmup_ratio,
         "lr_scheduler_type": "constant_with_warmup"
         if settings.scheduler == "constant"
@@ -232,7 +270,9 @@ def trainer_arguments(recipe: Recipe, settings: Settings) -> dict[str, Any]:
         "optim": settings.optimizer,
         "bf16": settings.precision == "bf16",
         "fp16": settings.precision == "fp16",
-        "activation_checkpointing": settings.gradient_checkpointing,
+        # FSDP has its own, which stands in its configuration.
+        "activation_checkpointing": settings.gradient_checkpointing
+        and not (recipe.parallel is not None and recipe.parallel.kind == "fsdp"),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "non_padding",
@@ -245,6 +285,7 @@ def trainer_arguments(recipe: Recipe, settings: Settings) -> dict[str, Any]:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
         "disable_tqdm": True,
+        **parallel_arguments(recipe),
         **(probing.arguments(probe, settings) if (probe := probing.asked()) else {}),
     }
 
@@ -303,7 +344,9 @@ def open_model(
             "looked for on the original base.",
             "Use the tuner full for this stage, or an adapter for both.",
         )
-    base = load_model(recipe.model, settings, biases=recipe.tuner == "bitfit", labels=labels)
+    base = load_model(
+        recipe.model, settings, biases=recipe.tuner == "bitfit", labels=labels, sharded=is_sharded(recipe)
+    )
     apply_ending(base, ending)
     if start is not None and not labels:
         session.events.write("note", message=f"Going on with the adapter in {start}, in its own shape.")

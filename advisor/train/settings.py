@@ -166,6 +166,7 @@ def read_settings(recipe: Recipe, kind: type[SomeSettings], *, cuda: bool) -> So
         ) from problem
     conflicts = (
         *_batches(settings),
+        *_spreading(recipe, settings),
         *_formats(recipe.tuner, settings, cuda=cuda),
         *_tuners(recipe.tuner, recipe.objective, settings),
         *(_marks(settings) if isinstance(settings, KtoSettings) else ()),
@@ -199,6 +200,29 @@ def _batches(settings: Settings) -> tuple[Conflict, ...]:
             settings.packing and settings.attention == "eager",
             "packing with eager attention lets packed rows see each other.",
             "Set attention: sdpa, or packing: false.",
+        ),
+    )
+
+
+def _spreading(recipe: Recipe, settings: Settings) -> tuple[Conflict, ...]:
+    processes = recipe.parallel.processes if recipe.parallel else 1
+    sharded = recipe.parallel is not None and recipe.parallel.kind != "ddp"
+    return (
+        (
+            settings.effective_batch % (settings.micro_batch * processes) != 0,
+            f"effective_batch {settings.effective_batch} cannot be spread over {processes} processes with "
+            f"micro_batch {settings.micro_batch}.",
+            f"Set effective_batch to a multiple of {settings.micro_batch * processes}.",
+        ),
+        (
+            settings.cpu_offload and not sharded,
+            "Weights kept in the host's memory belong to sharded training.",
+            "Plan without it: a smaller model, or --method qlora.",
+        ),
+        (
+            sharded and settings.lora_init != "default",
+            f"lora_init {settings.lora_init} changes the base weights, which sharded training does not save.",
+            "Set lora_init: default.",
         ),
     )
 
@@ -260,11 +284,6 @@ def _formats(tuner: str, settings: Settings, *, cuda: bool) -> tuple[Conflict, .
             settings.attention == "flash" and not cuda,
             "attention flash needs an NVIDIA card.",
             "Set attention: sdpa.",
-        ),
-        (
-            settings.cpu_offload,
-            "Weights kept in the host's memory need sharded training, which this version does not run.",
-            "Plan without it: a smaller model, or --method qlora.",
         ),
     )
 

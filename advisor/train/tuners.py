@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from advisor.errors import ModelError, RefusedError, UnknownNameError
 from advisor.train import bottleneck
+from advisor.train.parallel import is_first
 from advisor.train.settings import HEAD, LOW_RANK, TUNERS, Settings, SftSettings
 from advisor.types import Record
 
@@ -84,7 +85,7 @@ def prepare_model(
         return _go_on(model, settings, start)
     if tuner in (*LOW_RANK, HEAD):
         wrapped: nn.Module = get_peft_model(model, lora_config(model, settings, task=task))
-        if settings.lora_init != "default":
+        if settings.lora_init != "default" and is_first():
             wrapped.save_pretrained(INITIAL)  # type: ignore[operator]  # a PeftModel
         return wrapped
     if not isinstance(settings, SftSettings):

@@ -27,6 +27,7 @@ from trl import SFTConfig
 
 from advisor.storage import write_atomic
 from advisor.train.data import prepare
+from advisor.train.parallel import is_first
 from advisor.train.session import (
     HELDOUT,
     Session,
@@ -52,7 +53,7 @@ def train(session: Session) -> int:
 
     # The data: labels on answers only, counted and shown before the first step.
     data = prepare(recipe.datasets, tokenizer, template, settings)
-    if data.heldout_content:
+    if data.heldout_content and is_first():
         write_atomic(HELDOUT, b"\n".join(data.heldout_content) + b"\n")
     events.write("data", end_token=ending.end, **data.account.as_fields())
     if data.account.left_out:

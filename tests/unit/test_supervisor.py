@@ -554,8 +554,8 @@ def test_a_finished_stage_whose_recipe_was_changed_is_refused(stage: Stage) -> N
         run(folder, resume=True)
 
 
-def test_several_devices_are_refused(stage: Stage) -> None:
-    """A plan for more than one device is not quietly run on one."""
+def test_several_devices_are_not_forgotten(stage: Stage) -> None:
+    """A plan for more than one device is not quietly run on one by a recipe that forgets it."""
     folder = stage.program("step(1)")
     made = plan(planned_rows(), hardware=A100 | {"count": 4}, model="Qwen/Qwen3-32B", requested_method="full")
     assert made.parallel != "none"
