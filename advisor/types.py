@@ -149,6 +149,8 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     has_chat_template: bool = True
     fp16_safe: bool = True
     gguf_architecture: str | None = None
+    gguf_obstacle: str = ""
+    """Why llama.cpp cannot cut text as the tokenizer does; empty where it can, or where it was not read."""
     weight_dtype: str = "bfloat16"
     source: str
     """kb/sources.toml key, or `config.json` when it was read from the model itself."""

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "errors": 0, "types": 0, "units": 0, "resources": 0, "storage": 0, "rows": 0, "templates": 0,
-    "programs": 0.9, "knowledge": 1, "probe": 1.5,
+    "programs": 0.9, "knowledge": 1, "gguf_rules": 1.1, "gguf_tokenizer": 1.2, "probe": 1.5,
     "explain": 2, "estimate": 2.0, "scenario": 2.1, "inputs": 2.2, "goals": 2.1,
     "recommend": 2.4, "plan": 2.6, "recipe": 2.8,
     "running": 2.9, "lora_files": 2.95, "prompt_cache": 2.95,

@@ -16,7 +16,7 @@ from advisor.errors import ExportError
 from advisor.export.checkpoint import Floats
 from advisor.export.config_fields import architecture_of, exact_context, usual_fields
 from advisor.export.rotary import rotation
-from advisor.export.rules import Architecture
+from advisor.gguf_rules import Architecture
 from advisor.types import Record
 
 MetaValue = int | float | bool | str

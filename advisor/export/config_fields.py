@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from advisor.errors import ExportError
-from advisor.export.rules import Architecture, rules
+from advisor.gguf_rules import Architecture, rules
 
 _READ = {
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from advisor.errors import ExportError, UsageError
 from advisor.export.files import complete_folder, need_space
-from advisor.export.rules import rules
+from advisor.gguf_rules import rules
 from advisor.storage import file_sha256, read_record, write_json
 from advisor.types import Record
 

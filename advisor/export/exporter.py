@@ -34,9 +34,9 @@ from advisor.export.merged_folder import merged_bytes, write_merged
 from advisor.export.modelfile import modelfile
 from advisor.export.native import run_llama
 from advisor.export.official import Conversion, needs_converter
-from advisor.export.rules import checked_quants, rules
 from advisor.export.source import Trained, find_trained
 from advisor.export.tokenizer import Vocabulary, read_vocabulary, with_virtual_tokens
+from advisor.gguf_rules import checked_quants, rules
 from advisor.storage import file_sha256, write_atomic, write_json
 from advisor.types import Export, ExportedFile
 

@@ -24,8 +24,8 @@ from advisor.errors import ExportError
 from advisor.export.architecture import ModelPlan, PlannedTensor, factor_tensors, row_order
 from advisor.export.encode import Type, encode_rows, row_bytes, type_for
 from advisor.export.merged import Merged
-from advisor.export.rules import rules
 from advisor.export.tokenizer import Vocabulary
+from advisor.gguf_rules import rules
 from advisor.probe.gguf_file import NORMALISER_KEY
 from advisor.probe.load import free_cores
 from advisor.types import Record

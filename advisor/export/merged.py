@@ -16,7 +16,7 @@ from advisor.errors import ExportError, ModelError
 from advisor.export.adapter import Adapter
 from advisor.export.checkpoint import Checkpoint, Floats, Rows, open_checkpoint
 from advisor.export.config_fields import is_tied
-from advisor.export.rules import Architecture, rules
+from advisor.gguf_rules import Architecture, rules
 
 _EVERYTHING = slice(None)
 _WRONG_BASE = "Name the base model that the adapter was trained on."

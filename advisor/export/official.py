@@ -26,9 +26,9 @@ from advisor.export.encode import Type
 from advisor.export.files import complete_file, need_space
 from advisor.export.gguf_file import Contents, add_vocabulary, contents
 from advisor.export.native import run_llama
-from advisor.export.rules import rules
 from advisor.export.source import Trained
 from advisor.export.tokenizer import Vocabulary
+from advisor.gguf_rules import rules
 
 _CHILD = Path(__file__).with_name("converter_child.py")
 _MERGE = """

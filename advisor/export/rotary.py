@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 
 from advisor.errors import ExportError
-from advisor.export.rules import Architecture
+from advisor.gguf_rules import Architecture
 from advisor.types import Record
 
 _FIELDS = {

@@ -11,14 +11,12 @@ from typing import Any
 
 import gguf
 import msgspec
-from tokenizers.pre_tokenizers import ByteLevel
 
 from advisor.errors import ExportError, ModelError
 from advisor.export.chat_template import Conversation, end_of_turn, read_template, render, token_text
 from advisor.export.checkpoint import optional_json, read_json
-from advisor.export.rules import rules
-from advisor.export.sentencepiece import read_pieces
-from advisor.export.tokenizer_class import as_loaded
+from advisor.gguf_rules import rules
+from advisor.gguf_tokenizer import Cuts, as_loaded
 from advisor.templates import strip_generation_markers
 from advisor.types import Record
 
@@ -28,7 +26,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
 )
 SPACE = "space"
 """A normaliser: a space before a text that does not begin with a special token."""
-_REMEDY = "This tokenizer cannot be a GGUF; export --to merged and run it with transformers or vLLM."
+_COMPOSES = (
+    "the tokenizer composes accents first (NFC) and llama.cpp does not: `ftadvisor chat` does it instead"
+)
 
 
 class Vocabulary(Record, frozen=True, kw_only=True):
@@ -89,15 +89,15 @@ def read_vocabulary(tokenizer: Path, model: Path, *, rows: int) -> Vocabulary:
     settings = optional_json(tokenizer / "tokenizer_config.json")
     model_type = str(optional_json(model / "config.json").get("model_type", ""))
     data = as_loaded(read_json(path), settings, model_type)
-    pieces = read_pieces(data)
-    pre = _pre_tokenizer(data) if pieces is None else "default"
-    normaliser, notes = _normaliser(data.get("normalizer")) if pieces is None else (None, ())
+    cuts = Cuts.of(data)
+    pieces, normaliser = cuts.pieces, cuts.normaliser
+    notes: tuple[str, ...] = (_COMPOSES,) if normaliser == "NFC" else ()
     unknown = data["model"].get("unk_token") or token_text(settings, "unk_token") or ""
     tokens, types = _tokens(data, rows, unknown=None if pieces is None else unknown)
     ids = {text: i for i, text in enumerate(tokens)}
     template = read_template(tokenizer)
     plain = None if template is None else strip_generation_markers(template)
-    starts, ends = _post_processor(data.get("post_processor"))
+    starts = cuts.starts
     bos = _special(settings, "bos_token", ids) if starts is None else ids.get(starts)
     eos = _special(settings, "eos_token", ids)
     end_ids = _end_ids(plain, settings, model, ids, eos)
@@ -114,13 +114,14 @@ def read_vocabulary(tokenizer: Path, model: Path, *, rows: int) -> Vocabulary:
     elif once:
         notes += ("spaces after special tokens are cut differently: the trained tokenizer puts in none",)
     return Vocabulary(
-        model="gpt2" if pieces is None else "llama", pre=pre, tokens=tokens, types=types,
+        model="gpt2" if pieces is None else "llama", pre=cuts.pre, tokens=tokens, types=types,
         merges=_merges(data) if pieces is None else (),
         scores=() if pieces is None else tuple(map(pieces.score, tokens)),
         add_space_prefix=every or (once and plain is None), plain_only=once and plain is None,
-        unknown=ids.get(unknown), strips=_strips(data), bos=bos, eos=end_ids[0] if eos is None else eos,
+        unknown=ids.get(unknown), strips=cuts.strips, bos=bos, eos=end_ids[0] if eos is None else eos,
         pad=_special(settings, "pad_token", ids), eot=_end_slot(end_ids, tokens, eos), end_ids=end_ids,
-        add_bos=add_bos, add_eos=ends is not None, chat_template=plain, normaliser=normaliser, notes=notes,
+        add_bos=add_bos, add_eos=cuts.ends is not None, chat_template=plain, normaliser=normaliser,
+        notes=notes,
     )  # fmt: skip
 
 
@@ -202,29 +203,6 @@ def _end_slot(end_ids: tuple[int, ...], tokens: tuple[str, ...], eos: int | None
     return strange[0] if strange else end_ids[0]
 
 
-def _strips(data: dict[str, Any]) -> bool:
-    """Whether special tokens swallow the spaces after them, as llama.cpp lets them in Phi-3.
-
-    Raises:
-        ExportError: some do and others do not, in another way.
-    """
-    facts = rules().stripping
-    added = {token["content"]: bool(token.get("rstrip")) for token in data.get("added_tokens", [])}
-    special = {token["content"] for token in data.get("added_tokens", []) if token.get("special")}
-    if not any(added.values()):
-        return False
-    usual = {text: text not in facts.never and (text in special or text in facts.always) for text in added}
-    named = set(facts.never) | set(facts.always)
-    differing = sorted(text for text in added if added[text] != usual[text])
-    missing = sorted(named - set(data["model"]["vocab"]) - set(added))
-    if differing or missing:
-        raise ExportError(
-            f"The token {(differing or missing)[0]!r} is matched with rstrip otherwise than in llama.cpp.",
-            _REMEDY,
-        )
-    return True
-
-
 def _tokens(
     data: dict[str, Any], rows: int, *, unknown: str | None
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -236,12 +214,6 @@ def _tokens(
     if unknown is not None:
         types |= {vocab[f"<0x{value:02X}>"]: BYTE for value in range(256)}
     for token in added:
-        strict = [flag for flag in ("single_word", "lstrip") if token.get(flag)]
-        if strict:
-            raise ExportError(
-                f"The token {token['content']!r} is matched with {', '.join(strict)}; llama.cpp does not.",
-                _REMEDY,
-            )
         texts[token["id"]] = token["content"]
         types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
     if unknown in vocab:
@@ -259,88 +231,3 @@ def _tokens(
 
 def _merges(data: dict[str, Any]) -> tuple[str, ...]:
     return tuple(m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"])
-
-
-def _pre_tokenizer(data: dict[str, Any]) -> str:
-    """Return llama.cpp's name for the way this tokenizer cuts text before the merges."""
-    model = data["model"]
-    kind = model.get("type", "BPE")
-    odd = [
-        key
-        for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "unk_token")
-        if model.get(key)
-    ]
-    if kind != "BPE" or model.get("byte_fallback") or odd:
-        what = kind if kind != "BPE" else "BPE with " + ", ".join(odd or ["byte fallback"])
-        raise ExportError(
-            f"The tokenizer is {what}; BPE can be exported here, byte-level or with byte fallback.", _REMEDY
-        )
-    missing = [text for text in ByteLevel.alphabet() if text not in model["vocab"]]
-    if missing:
-        raise ExportError(
-            f"The tokenizer is read as byte-level BPE, but its vocabulary lacks {len(missing)} of 256 bytes.",
-            "Save the tokenizer that the model was trained with; transformers decides by the model's family.",
-        )
-    steps, pattern = _steps(data.get("pre_tokenizer"))
-    for name, facts in rules().pre_tokenizers.items():
-        if facts.steps == steps and facts.pattern == pattern:
-            return name
-    raise ExportError(
-        f"llama.cpp has no pre-tokenizer that cuts text like this one: {' then '.join(steps) or 'none'}"
-        + (f" with the pattern {pattern!r}." if pattern else "."),
-        _REMEDY,
-    )
-
-
-def _steps(given: dict[str, Any] | None) -> tuple[tuple[str, ...], str | None]:
-    if given is None:
-        return (), None
-    parts = given["pretokenizers"] if given["type"] == "Sequence" else [given]
-    steps, pattern = [], None
-    for part in parts:
-        kind = part["type"]
-        flags = [key for key in ("use_regex", "individual_digits", "add_prefix_space") if part.get(key)]
-        if kind == "Split":
-            pattern = part["pattern"].get("Regex")
-            if part.get("behavior") != "Isolated" or part.get("invert") or pattern is None:
-                flags.append(f"behavior {part.get('behavior')}")
-        shown = ", ".join(flag.removesuffix("_digits") for flag in flags)
-        steps.append(f"{kind}({shown})" if shown else kind)
-    return tuple(steps), pattern
-
-
-def _normaliser(given: dict[str, Any] | None) -> tuple[str | None, tuple[str, ...]]:
-    parts = [] if given is None else given["normalizers"] if given["type"] == "Sequence" else [given]
-    kinds = [part["type"] for part in parts]
-    if not kinds:
-        return None, ()
-    if kinds != ["NFC"]:
-        raise ExportError(
-            f"The tokenizer normalises text ({', '.join(kinds)}), which llama.cpp does not do.", _REMEDY
-        )
-    note = (
-        "the tokenizer composes accents first (NFC) and llama.cpp does not: `ftadvisor chat` does it instead"
-    )
-    return "NFC", (note,)
-
-
-def _post_processor(given: dict[str, Any] | None) -> tuple[str | None, str | None]:
-    """Return the tokens that are put before and after every text, or None."""
-    parts = [] if given is None else given["processors"] if given["type"] == "Sequence" else [given]
-    starts = ends = None
-    for part in parts:
-        if part["type"] == "ByteLevel":
-            continue
-        if part["type"] != "TemplateProcessing":
-            raise ExportError(
-                f"The tokenizer ends with the step {part['type']}, which is not known here.", _REMEDY
-            )
-        around = [
-            next(iter(item.values())).get("id") if "SpecialToken" in item else None for item in part["single"]
-        ]
-        text = around.index(None)
-        if text > 1 or len(around) - text > 2:
-            raise ExportError("The tokenizer adds more than one token before or after a text.", _REMEDY)
-        starts = around[0] if text else starts
-        ends = around[-1] if text < len(around) - 1 else ends
-    return starts, ends

@@ -184,6 +184,8 @@ def _verdict(case: Case, knowledge: Knowledge) -> Verdict:
         return "change_plan"
     if case.advice.model_refused is not None or situation.named.how in ("closed", "quantised"):
         return "change_model"
+    if situation.goal.wants_gguf and case.spec is not None and case.spec.gguf_obstacle:
+        return "change_model"
     if _data_is_broken(case, knowledge):
         return "fix_data_first"
     if case.advice.method_refused is not None or decision.verdict == "change_plan":

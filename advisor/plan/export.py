@@ -26,6 +26,11 @@ def export_plan(
             feasible=False, format="gguf", route="merged", quant=choice.quant, file_bytes=0,
             reason=f"llama.cpp has no architecture for {spec.model_type}",
         )  # fmt: skip
+    if spec.gguf_obstacle:
+        return ExportPlan(
+            feasible=False, format="gguf", route="merged", quant=choice.quant, file_bytes=0,
+            reason=spec.gguf_obstacle.rstrip("."),
+        )  # fmt: skip
     route, why = _route(tuner, situation)
     return ExportPlan(
         feasible=choice.fits, format="gguf", route=route, quant=choice.quant, file_bytes=choice.file_bytes,

@@ -151,7 +151,17 @@ def cannot_export(case: Case, knowledge: Knowledge) -> Values:
     """The result cannot become the file that was asked for."""
     if case.export is None or case.export.feasible or not case.situation.goal.wants_gguf:
         return None
-    return {"detail": case.export.reason}
+    return None if _obstacle(case) else {"detail": case.export.reason}
+
+
+def tokenizer_without_gguf(case: Case, knowledge: Knowledge) -> Values:
+    """llama.cpp cannot cut text as the model's tokenizer does."""
+    obstacle = _obstacle(case)
+    return {"detail": obstacle} if case.situation.goal.wants_gguf and obstacle else None
+
+
+def _obstacle(case: Case) -> str:
+    return "" if case.spec is None else case.spec.gguf_obstacle.rstrip(".")
 
 
 def method_changed(case: Case, knowledge: Knowledge) -> Values:
@@ -188,6 +198,6 @@ CHECKS = tuple(
         out_of_scope, prompt_baseline_first, method_changed, method_impossible,
         closed_weights, use_unquantized_base, licence, gated,
         does_not_fit, no_bias_terms, scale_effect, lower_lr_than_sft, reward_hacking, generation_cost,
-        merge_before_gguf, quality_loss_low_bit, cannot_export, override_out_of_range,
+        merge_before_gguf, quality_loss_low_bit, cannot_export, tokenizer_without_gguf, override_out_of_range,
     )
 )  # fmt: skip

@@ -19,6 +19,7 @@ from advisor.probe.model_folder import (
     card,
     chat_template,
     findings_of,
+    gguf_obstacle,
     licence_of,
     read_json,
     read_weights,
@@ -210,6 +211,7 @@ def _described(
         instruct=template is not None,
         chat_template=template,
         has_chat_template=template is not None,
+        gguf_obstacle=gguf_obstacle(folder, spec.model_type),
         findings=tuple(found),
     )
 

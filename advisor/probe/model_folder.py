@@ -17,6 +17,7 @@ import orjson
 import yaml
 
 from advisor.errors import ModelError
+from advisor.gguf_tokenizer import obstacle
 from advisor.templates import end_of_turn
 from advisor.types import Finding, Record
 
@@ -207,6 +208,17 @@ def _cut(file: Path) -> ModelError:
     return ModelError(
         f"{file} is cut off or damaged.", "Download it again; the hub resumes.", code="incomplete_model"
     )
+
+
+def gguf_obstacle(folder: Path, model_type: str) -> str:
+    """Return why llama.cpp cannot cut text as the folder's tokenizer does, or nothing."""
+    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not path.is_file():
+        return ""
+    data = read_json(path)
+    if not isinstance(data.get("model"), dict):
+        return ""
+    return obstacle(data, read_json(settings) if settings.is_file() else {}, model_type)
 
 
 def findings_of(folder: Path, tokens: Tokens, template: str | None) -> list[Finding]:

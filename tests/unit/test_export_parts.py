@@ -21,8 +21,8 @@ from advisor.export.checkpoint import open_checkpoint, read_json
 from advisor.export.encode import Type, encode_rows, type_for
 from advisor.export.files import complete_file, complete_folder, need_space
 from advisor.export.modelfile import modelfile
-from advisor.export.rules import checked_quants, rules
 from advisor.export.tokenizer import CONTROL, UNUSED, USER_DEFINED, read_vocabulary
+from advisor.gguf_rules import checked_quants, rules
 from families import write_pieces
 from tiny import CHATML, make_tiny_model
 

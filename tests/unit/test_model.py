@@ -318,3 +318,13 @@ def test_copy_of_a_folder_reads_the_same(tiny: Path, tmp_path: Path, knowledge: 
     first, second = (read_model(str(p), knowledge=knowledge) for p in (tiny, tmp_path / "other" / "tiny"))
     assert first.path != second.path
     assert (first.id, first.parameters, first.findings) == (second.id, second.parameters, second.findings)
+
+
+def test_tokenizer_that_llama_cpp_cannot_follow_is_named(tiny: Path, knowledge: Knowledge) -> None:
+    """Unigram and normalising tokenizers are recognised from the folder alone, ordinary ones pass."""
+    assert read_model(str(tiny), knowledge=knowledge).gguf_obstacle == ""
+    _edit(tiny / "tokenizer.json", normalizer={"type": "Lowercase"})
+    assert "Lowercase" in read_model(str(tiny), knowledge=knowledge).gguf_obstacle
+    data = json.loads((tiny / "tokenizer.json").read_text())
+    _edit(tiny / "tokenizer.json", normalizer=None, model={**data["model"], "type": "Unigram"})
+    assert "Unigram" in read_model(str(tiny), knowledge=knowledge).gguf_obstacle

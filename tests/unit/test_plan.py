@@ -379,3 +379,17 @@ def test_warnings_come_musts_first(hardware: dict[str, object]) -> None:
     """Nobody has to search for what matters."""
     severities = [w.severity for w in plan(rows(count=200), hardware=hardware, model="auto").warnings]
     assert severities == sorted(severities)
+
+
+def test_tokenizer_that_llama_cpp_cannot_follow_is_told_before_training() -> None:
+    """For Ollama another model is advised; for a server the same model is trained without a word."""
+    told = "The tokenizer is Unigram; BPE can be exported here."
+    for deploy, verdict in (("ollama", "change_model"), ("vLLM server", "train")):
+        given = scenario(rows(), deploy=deploy)
+        spec = msgspec.structs.replace(spec_for("Qwen/Qwen3-8B", load()), gguf_obstacle=told)
+        made = make_plan(msgspec.structs.replace(given, spec=spec), load())
+        assert made.verdict == verdict
+        assert ("tokenizer_without_gguf" in codes(made)) == (deploy == "ollama")
+        assert made.export is not None
+        assert not made.export.feasible
+        assert "Unigram" in made.export.reason

@@ -173,7 +173,7 @@ def rules() -> Rules:
     try:
         return msgspec.convert(load().rules["gguf"], type=Rules)
     except (KeyError, msgspec.ValidationError) as problem:
-        raise KnowledgeError(f"kb/rules/gguf.toml: {problem}", "See advisor/export/rules.py.") from problem
+        raise KnowledgeError(f"kb/rules/gguf.toml: {problem}", "See advisor/gguf_rules.py.") from problem
 
 
 def checked_quants(given: tuple[str, ...]) -> tuple[str, ...]:
