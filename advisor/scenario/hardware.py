@@ -65,7 +65,7 @@ def hardware_of(entry: HardwareEntry, knowledge: Knowledge) -> Hardware:
     if facts is None and entry.memory_gib is None and not _looks_apple(name, entry, rules):
         names = [f.name for f in knowledge.accelerators.values()]
         raise UnknownNameError(
-            "accelerator", name, names, "Give its size: {accelerator: NAME, vendor: nvidia, memory_gib: 24}"
+            "accelerator", name, names, "Give its size instead: 24GB (in a scenario file: memory_gib: 24)."
         )
     if (stated := STATED.search(name)) and _looks_apple(name, entry, rules) and not entry.ram_gib:
         entry = msgspec.structs.replace(entry, ram_gib=float(stated[1]))
