@@ -19,9 +19,10 @@ from advisor.units import from_gib
 
 NEGATION = re.compile(
     r"\b(no|not|without|never|instead of|rather than|don't|do not|non)[\s-]+"
-    r"(?:(?!but\b|just\b|only\b|simply\b|merely\b)\w+\s+){0,2}$"
+    r"(?:(?!but\b|just\b|only\b|simply\b|merely\b)\w+\s+){0,2}"
+    r"(?:(?:to|run|work|be|used|on|in|a|an|the|my|our)\s+){0,5}$"
 )
-"""A negation before a phrase, at most two words away; `not X but Y` does not negate Y."""
+"""A negation before a phrase, two words and small ones away; `not X but Y` does not negate Y."""
 DISMISSAL = re.compile(
     r"\s+(?:is|are|does|do)(?:\s+not|n't)\s+(?:matter|important|needed|count|an issue|relevant|required)"
     r"|\s+is\s+(?:unimportant|irrelevant|secondary|no issue)"
@@ -157,10 +158,10 @@ def _deploy(goal: Goal, rules: Mapping[str, Any], phrases: dict[str, str]) -> tu
     if place is None:
         return "unstated", None
     phrases[f"deploy:{place}"] = found[place] or ""
-    said = re.search(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)\b", text)
+    said = re.search(r"(\d+(?:\.\d+)?)\s*(g|gb|gib|mb|mib)\b", text)
     if said:
         phrases["device memory"] = said[0]
-        return place, from_gib(float(said[1]))
+        return place, from_gib(float(said[1]) / (1024 if said[2].startswith("m") else 1))
     usual = places[place].get("memory_gib")
     return place, from_gib(usual) if usual else None
 
@@ -218,6 +219,6 @@ def _unclear(goal: Goal, tasks: Mapping[str, str], wishes: Mapping[str, str], pl
         unclear.append(f"{said}: taken as following instructions like those in the data")
     if place == "unstated":
         unclear.append("where the model must run was not said: any place with enough memory")
-    if goal.commercial is None and "commercial" not in wishes:
+    if goal.commercial is None and not {"commercial", "not_commercial"} & wishes.keys():
         unclear.append("commercial use was not said: taken as not commercial")
     return tuple(unclear)

@@ -19,6 +19,7 @@ from advisor.plan.warn import warnings_of
 from advisor.plan.words import alternatives, assumptions, summary
 from advisor.recommend import Advice, Option, advise, candidates_of
 from advisor.recommend.amount import stage_time
+from advisor.recommend.chains import REINFORCEMENT
 from advisor.recommend.fit import Fit, StageFit
 from advisor.recommend.situation import datasets_of, rule
 from advisor.types import (
@@ -192,12 +193,17 @@ def _verdict(case: Case, knowledge: Knowledge) -> Verdict:
         return "change_plan"
     if case.option.fit and any(stage.cut for stage in case.option.fit.stages):
         return "change_plan"
-    return "change_plan" if takes_too_long(case, knowledge) else "train"
+    return "change_plan" if case.over_memory or takes_too_long(case, knowledge) else "train"
 
 
 def _data_is_broken(case: Case, knowledge: Knowledge) -> bool:
-    limits = rule(knowledge, "data", "defects")
+    limits, rates = rule(knowledge, "data", "defects"), rule(knowledge, "data", "reinforcement")
     for dataset in case.situation.train:
+        if dataset.kind == "unpaired_preference" and dataset.positive_fraction in (0.0, 1.0):
+            return True
+        solved = dataset.baseline_pass_rate if set(case.objectives) & REINFORCEMENT else None
+        if solved is not None and solved >= rates["pass_rate_high"]:
+            return True
         if (dataset.duplicate_fraction or 0) >= limits["duplicates_fix"] or dataset.mixed_templates:
             return True
         if (dataset.pair_similarity or 0) >= limits["similarity_fix"] or dataset.has_tools_column is False:

@@ -13,7 +13,7 @@ from advisor.recommend.amount import batch_for, epochs_for, stage_time
 from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
 from advisor.recommend.fit import Fit, StageFit
 from advisor.recommend.reasons import because
-from advisor.recommend.situation import Situation, datasets_of, rows_of, rule, unequal_ratio
+from advisor.recommend.situation import Situation, counted_rows, datasets_of, rule, unequal_ratio
 from advisor.types import Objective, TimeEstimate, TunerFacts, Value, Why
 from advisor.units import format_bytes
 
@@ -109,7 +109,7 @@ def _optimiser(sheet: Sheet, stage: StageFit, option: Option, advice: Advice, kn
 
 
 def _small(stage: StageFit, advice: Advice, knowledge: Knowledge) -> bool:
-    rows = rows_of(datasets_of(stage.objective, advice.situation))
+    rows = counted_rows(stage.objective, advice.situation, knowledge)
     return stage.objective == "sft" and rows < rule(knowledge, "data", "rows")["small_below"]
 
 
@@ -152,7 +152,7 @@ def _tuner(sheet: Sheet, stage: StageFit, option: Option, advice: Advice, knowle
     if not stage.rank:
         return
     rules = rule(knowledge, "settings", "rank")
-    rows = rows_of(datasets_of(stage.objective, advice.situation))
+    rows = counted_rows(stage.objective, advice.situation, knowledge)
     sheet.say("lora_r", _rank_key(stage, advice), value=stage.rank, rows=f"{rows:,}")
     factor = rules["alpha_over_rank"]
     sheet.say("lora_alpha", "lora_alpha", value=round(stage.rank * factor), factor=f"{factor:g}")
@@ -193,7 +193,10 @@ def _objective(sheet: Sheet, stage: StageFit, advice: Advice, knowledge: Knowled
 def _thumbs(sheet: Sheet, stage: StageFit, advice: Advice) -> None:
     sheet.say("per_step_batch", "per_step_batch", value=stage.settings.micro_batch)
     shares = [d.positive_fraction for d in advice.situation.unpaired if d.positive_fraction is not None]
-    share = min(max(sum(shares) / len(shares) if shares else 0.5, 0.01), 0.99)
+    share = sum(shares) / len(shares) if shares else 0.5
+    if share in (0.0, 1.0):
+        return  # no weight balances labels that are all the same
+    share = min(max(share, 0.01), 0.99)
     name = "undesirable_over_desirable_weight"
     sheet.say(name, name, value=round(share / (1 - share), 2), share=f"{share:.0%}")
 
@@ -234,7 +237,8 @@ def new_language(situation: Situation, knowledge: Knowledge) -> bool:
 def _keeping(sheet: Sheet, stage: StageFit, time: TimeEstimate, advice: Advice, knowledge: Knowledge) -> None:
     rules, points = rule(knowledge, "settings", "heldout"), rule(knowledge, "settings", "checkpoints")
     datasets = datasets_of(stage.objective, advice.situation)
-    rows, share, key = rows_of(datasets), 0.0, "heldout_none"
+    rows = counted_rows(stage.objective, advice.situation, knowledge)
+    share, key = 0.0, "heldout_none"
     if any(d.holdout_rows for d in datasets):
         key = "heldout_own"
     elif stage.objective not in REINFORCEMENT and rows >= rules["none_below"]:

@@ -127,10 +127,18 @@ def balance_labels(case: Case, knowledge: Knowledge) -> Values:
         share = dataset.positive_fraction
         if share is None:
             continue
+        if share in (0.0, 1.0):
+            continue
         odds = share / max(1 - share, 0.001)
         if not rules["low"] / rules["high"] <= odds <= rules["high"]:
             return {"detail": f"{share:.0%} of the labels are positive"}
     return None
+
+
+def no_contrast(case: Case, knowledge: Knowledge) -> Values:
+    """Labels that are all the same."""
+    same = [d.positive_fraction for d in case.situation.unpaired if d.positive_fraction in (0.0, 1.0)]
+    return {"detail": f"all of them are {'good' if same[0] else 'bad'}"} if same else None
 
 
 def likelihood_displacement(case: Case, knowledge: Knowledge) -> Values:
@@ -162,7 +170,7 @@ def needs_nonzero_success(case: Case, knowledge: Knowledge) -> Values:
 def mixing_cap(case: Case, knowledge: Knowledge) -> Values:
     """Tasks of different size in one training."""
     situation = case.situation
-    if situation.tasks < 2:
+    if situation.tasks < 2 or situation.separate:
         return None
     rules, ratio = rule(knowledge, "data", "mixture"), unequal_ratio(situation)
     unequal = ratio >= rules["unequal_ratio"]
@@ -256,7 +264,7 @@ def thinking(spec: ModelSpec, knowledge: Knowledge) -> str | None:
 
 def separate_adapters(case: Case, knowledge: Knowledge) -> Values:
     """One adapter for each tenant."""
-    return {} if case.situation.tenants > 1 or case.situation.wish("tenants") else None
+    return {} if case.situation.separate else None
 
 
 def sft_first(case: Case, knowledge: Knowledge) -> Values:
@@ -266,7 +274,8 @@ def sft_first(case: Case, knowledge: Knowledge) -> Values:
     if case.situation.scenario.goal.model_state == "own_sft":
         return None
     mild = "sft" in case.objectives or "kto" in case.objectives or case.situation.answered
-    return {"severity": "should" if mild else "must"}
+    starts = case.spec is not None and case.spec.instruct
+    return {"severity": "should" if mild or starts else "must"}
 
 
 CHECKS = tuple(
@@ -274,7 +283,8 @@ CHECKS = tuple(
     for check in (
         rag_instead, new_facts_hallucinate, small_data_overfit, no_holdout, instruct_base_choice, dedupe,
         chat_template, eos_pad, mask_loss, tools_column, truncation, unpaired_use_kto, balance_labels,
-        likelihood_displacement, needs_nonzero_success, sft_first, mixing_cap, forgetting, replay_mix,
-        lora_capacity, tokenizer_fertility, train_embeddings, keep_reasoning_data, separate_adapters,
+        no_contrast, likelihood_displacement, needs_nonzero_success, sft_first, mixing_cap, forgetting,
+        replay_mix, lora_capacity, tokenizer_fertility, train_embeddings, keep_reasoning_data,
+        separate_adapters,
     )
 )  # fmt: skip

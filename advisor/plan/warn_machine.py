@@ -46,15 +46,17 @@ def no_flash_attn(case: Case, knowledge: Knowledge) -> Values:
 def tight_memory(case: Case, knowledge: Knowledge) -> Values:
     """It fits with little to spare."""
     fitted = case.option.fit if case.option else None
-    if fitted is None or case.option is None or not case.trained():
+    if fitted is None or case.option is None or not case.trained() or case.over_memory:
         return None
     free = case.situation.machine.free_bytes
     if fitted.tight:
         return {"severity": "must"}
+    if fitted.peak_high > limit(knowledge, "choice", "fit", "snug_share") * free:
+        return {"severity": "should"}
     for stage in fitted.stages:
         if not stage.settings.gradient_checkpointing:
             continue
-        plain = msgspec.structs.replace(stage.settings, gradient_checkpointing=False)
+        plain = msgspec.structs.replace(stage.settings, gradient_checkpointing=False, micro_batch=1)
         without = estimate_memory(case.option.proposal.spec, plain, knowledge.rules["memory"])
         if without.peak_bytes.high > free:
             return {"severity": "should", "detail": "without recomputed activations it would not fit"}

@@ -12,7 +12,6 @@ from advisor.knowledge import Knowledge
 from advisor.plan.case import Case, limit
 from advisor.recommend.chains import PREFERENCE
 from advisor.recommend.situation import rule
-from advisor.units import gib
 
 Values = dict[str, Any] | None
 LATER = PREFERENCE | {"rloo", "grpo"}
@@ -68,14 +67,13 @@ def does_not_fit(case: Case, knowledge: Knowledge) -> Values:
     """What was asked for does not fit, or nothing does."""
     for refused in (case.advice.model_refused, case.advice.method_refused):
         if refused is not None and refused.code == "does_not_fit":
-            needed = f"{gib(refused.needed_bytes):.1f}" if refused.needed_bytes else "more"
-            return {"severity": "must", "detail": refused.reason, "needed_gib": needed}
+            return {"severity": "must", "detail": refused.reason}
     if case.over_memory:
         return {"severity": "must", "detail": case.over_memory}
     failed = [o.no_fit for o in case.advice.options if o.no_fit]
     if case.option is None and failed and case.advice.decision.instead is None:
         least = min(failed, key=lambda n: n.needed_bytes)
-        return {"severity": "must", "detail": least.reason, "needed_gib": f"{gib(least.needed_bytes):.1f}"}
+        return {"severity": "must", "detail": least.reason}
     return None
 
 

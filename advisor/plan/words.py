@@ -8,6 +8,7 @@ from __future__ import annotations
 from advisor.knowledge import Knowledge
 from advisor.plan.case import Case, allowed_hours, takes_too_long
 from advisor.recommend import Option
+from advisor.recommend.chains import never_succeeds
 from advisor.recommend.fit import least_bytes
 from advisor.recommend.reasons import because
 from advisor.recommend.situation import rows_of
@@ -27,13 +28,15 @@ LEADS: dict[Verdict, str] = {
     "change_model": "Another model than asked: ",
 }
 TOO_LONG = "This takes too long as it stands: "
+TOO_MUCH = "Your settings do not fit: "
 
 
 def summary(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
     """One paragraph: what, why, cost, risk."""
     parts = [_what(case, verdict, knowledge), _why(case)]
     if case.stages and case.option and case.option.fit:
-        high, free = case.option.fit.peak_high, case.situation.machine.free_bytes
+        high = max(stage.estimate.peak_bytes.high for stage in case.stages)
+        free = case.situation.machine.free_bytes
         time = format_seconds(case.seconds())
         parts.append(f"It needs at most {format_bytes(high)} of {format_bytes(free)} and about {time}.")
     if case.export is not None and case.export.feasible and case.spec is not None:
@@ -56,6 +59,8 @@ def _what(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
 
 
 def _lead(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
+    if verdict == "change_plan" and case.over_memory:
+        return TOO_MUCH
     asked = case.advice.method_refused is not None or case.advice.decision.verdict == "change_plan"
     if verdict == "change_plan" and not asked and takes_too_long(case, knowledge):
         return TOO_LONG
@@ -114,7 +119,8 @@ def alternatives(case: Case, knowledge: Knowledge) -> tuple[Alternative, ...]:
     if "dpo" in objectives:
         suggest("kto")
     if "grpo" in objectives:
-        suggest("rejection_sampling")
+        hopeless = never_succeeds(situation, knowledge) and not situation.demos
+        suggest("worked_solutions" if hopeless else "rejection_sampling")
     if "cpt" in objectives and "sft" not in objectives:
         suggest("sft_after_cpt")
     if situation.wish("must_not_forget") and not situation.earlier and case.stages:
@@ -165,6 +171,13 @@ def assumptions(case: Case, knowledge: Knowledge) -> tuple[str, ...]:
         ram = format_bytes(hardware.ram_bytes)
         said.append(
             f"The machine was declared, not probed: {case.situation.machine.name}, {ram} of host memory."
+        )
+    machine = case.situation.machine
+    if machine.device == "cuda" and machine.facts is None:
+        formats = "bf16" if machine.bf16 else "fp16, no bf16"
+        said.append(
+            f"{machine.name} is not in kb/hardware: {formats} was assumed (a hardware file can say more). "
+            "Its speed is not known: the times are a wide guess and chose nothing."
         )
     guessed = [
         d.name

@@ -7,6 +7,7 @@ Never does: settings (advisor.plan), I/O, chance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -246,6 +247,8 @@ def _estimate_in_order(
 def _allowed_hours(situation: Situation, knowledge: Knowledge) -> float:
     if situation.scenario.goal.max_hours is not None:
         return situation.scenario.goal.max_hours
+    if situation.machine.device == "cuda" and situation.machine.facts is None:
+        return math.inf  # how fast the card is, is not known
     key = "patience_hours" if situation.machine.device == "cuda" else "patience_hours_host"
     return float(rule(knowledge, "choice", "fit")[key])
 
@@ -327,4 +330,10 @@ def _reasons(option: Option, advice: Advice, knowledge: Knowledge) -> tuple[str,
     high, free = format_bytes(option.fit.peak_high), format_bytes(advice.situation.machine.free_bytes)
     reasons.append(because(knowledge, "score", "memory", peak=high, free=free).reason)
     time = format_seconds(option.hours * 3600)
-    return (*reasons, because(knowledge, "score", "time", time=time).reason)
+    reasons.append(because(knowledge, "score", "time", time=time).reason)
+    if not option.in_time:
+        told = advice.situation.scenario.goal.max_hours is not None
+        hours = f"{_allowed_hours(advice.situation, knowledge):g}"
+        key = "longer_than_allowed" if told else "too_slow"
+        reasons.append(because(knowledge, "score", key, hours=hours).reason)
+    return tuple(reasons)

@@ -13,17 +13,16 @@ from advisor.knowledge import Knowledge
 from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
 from advisor.recommend.fit import Fit, StageFit
 from advisor.recommend.gates import Proposal
-from advisor.recommend.situation import Situation, datasets_of, megabytes_of, rows_of, rule
+from advisor.recommend.situation import Situation, counted_rows, datasets_of, megabytes_of, rule
 from advisor.types import Objective, TimeEstimate
 
 
 def stage_rows(objective: Objective, situation: Situation, knowledge: Knowledge, seq_len: int) -> int:
     """Training rows of a stage; plain text counts in pieces of the sequence length."""
-    datasets = datasets_of(objective, situation)
     if objective != "cpt":
-        return rows_of(datasets)
+        return counted_rows(objective, situation, knowledge)
     each = float(rule(knowledge, "data", "text_volume")["bytes_per_token"])
-    tokens = megabytes_of(datasets, knowledge) * 1e6 / each
+    tokens = megabytes_of(datasets_of(objective, situation), knowledge) * 1e6 / each
     return max(1, round(tokens / max(seq_len, 1)))
 
 
@@ -39,7 +38,7 @@ def epochs_for(
     if objective in ("cpt", "reward"):
         key = "pretraining" if objective == "cpt" else "reward"
         return int(rules[key]), "one pass; a second one mostly memorises"
-    rows = rows_of(datasets_of(objective, situation))
+    rows = counted_rows(objective, situation, knowledge)
     index = next(i for i, least in enumerate(rules["from_rows"]) if rows >= least)
     epochs = int(rules["epochs"][index])
     why = f"{rows:,} rows: {epochs} pass{'es' if epochs > 1 else ''}, the fewer the more rows there are"
@@ -81,14 +80,18 @@ def _wanted_batch(
     objective: Objective, proposal: Proposal, situation: Situation, knowledge: Knowledge
 ) -> tuple[int, str, str]:
     rules = rule(knowledge, "settings", "batch")
+    rows = counted_rows(objective, situation, knowledge)
     names = {"kto": "kto", "cpt": "pretraining", "reward": "reward"}
-    if objective in names:
-        return int(rules[names[objective]]), "usual for this objective", rules["source"]
-    if objective in PREFERENCE:
-        return int(rules["preference"]), "pairs are noisy, so more of them a step", rules["source"]
+    if objective in names or objective in PREFERENCE:
+        usual = int(rules[names.get(objective, "preference")])
+        least = int(rules["kto_least" if objective == "kto" else "small_data"])
+        enough = max(least, 2 ** int(math.log2(max(rows / rules["least_steps"], 1))))
+        if objective != "cpt" and rows and enough < usual:
+            return enough, f"{rows:,} rows: small batches make enough steps", rules["source"]
+        why = "usual for this objective" if objective in names else "pairs are noisy, so more of them a step"
+        return usual, why, rules["source"]
     if objective in REINFORCEMENT:
         return int(rules["reinforcement"]), "completions of several prompts a step", rules["source"]
-    rows = rows_of(datasets_of(objective, situation))
     small = rule(knowledge, "data", "rows")["modest_below"]
     if rows < small:
         return int(rules["small_data"]), f"{rows:,} rows: small batches make enough steps", rules["source"]

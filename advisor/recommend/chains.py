@@ -228,7 +228,7 @@ def _needs_task_first(situation: Situation, knowledge: Knowledge, last: tuple[Ob
     if last[0] in ("orpo", "kto"):
         return False
     if not starts_as_policy(situation):
-        return True
+        return bool(situation.demos or situation.pairs)
     off_policy = any(d.on_policy is False for d in situation.pairs)
     return last[0] in ("dpo", "simpo") and off_policy and situation.scenario.goal.model_state is None
 

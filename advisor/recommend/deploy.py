@@ -54,12 +54,12 @@ def usual_quant(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> 
 def choose_file(spec: ModelSpec, situation: Situation, knowledge: Knowledge) -> FileChoice:
     """Choose the quantisation: the usual one for the size, or the largest that the device holds.
 
-    Where the model is free, a smaller model is better than one with visible loss.
+    Where the model is free or stands in for another, a smaller model is better than one with visible loss.
     """
     rules = knowledge.rules["deploy"]["quantisation"]
     usual, why = usual_quant(spec, situation, knowledge)
     ladder = [name for name in rules["ladder"] if name in knowledge.quantisations]
-    if situation.spec is None:
+    if situation.spec is None or situation.spec.id != spec.id:
         least = rules["visible_loss_below_bits"]
         ladder = [name for name in ladder if knowledge.quantisations[name].bits_per_weight >= least]
     start = ladder.index(usual) if usual in ladder else 0

@@ -18,7 +18,7 @@ from advisor.recommend.chains import PAIR_OBJECTIVES, REINFORCEMENT
 from advisor.recommend.gates import Proposal, estimated_as
 from advisor.recommend.lengths import Lengths, lengths_of, round_up
 from advisor.recommend.rank import rank_for
-from advisor.recommend.situation import Situation, datasets_of, rows_of, rule
+from advisor.recommend.situation import Situation, counted_rows, datasets_of, rule
 from advisor.types import (
     MemoryEstimate,
     MemorySettings,
@@ -133,7 +133,7 @@ def _fit_chain(proposal: Proposal, layout: Layout, situation: Situation, knowled
     tight = (
         layout.offload
         or high > share * situation.machine.free_bytes
-        or any(stage.least_batch or stage.shortened or stage.cramped for stage in stages)
+        or any(stage.shortened or stage.cramped for stage in stages)
     )
     return Fit(stages=tuple(stages), layout=layout, tight=tight)
 
@@ -332,7 +332,7 @@ def packs(objective: Objective, situation: Situation, knowledge: Knowledge) -> b
     if objective != "sft" or situation.machine.device != "cpu":
         return False
     lengths = lengths_of(datasets_of(objective, situation), rule(knowledge, "data", "lengths"))
-    rows = rows_of(datasets_of(objective, situation))
+    rows = counted_rows(objective, situation, knowledge)
     full = rows * lengths.mean / lengths.target
     return bool(full >= rule(knowledge, "platform", "cpu")["packing_rows_from"])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from advisor.knowledge import Knowledge
 from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
 from advisor.recommend.gates import Proposal, task_bytes
-from advisor.recommend.situation import Situation, datasets_of, rows_of, rule
+from advisor.recommend.situation import Situation, counted_rows, rule
 from advisor.types import Objective
 
 RANKS = (128, 64, 32, 16, 8, 4, 2, 1)
@@ -40,7 +40,7 @@ def _wanted_rank(objective: Objective, situation: Situation, knowledge: Knowledg
         return int(rules["reinforcement"])
     if situation.tenants > 1:
         return int(rules["tenants"])
-    rows = rows_of(datasets_of("sft", situation))
+    rows = counted_rows("sft", situation, knowledge)
     if rows >= capacity["lora_rows"]:
         return int(rules["capacity"])
     if rows >= rules["large_from_rows"]:

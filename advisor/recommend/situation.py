@@ -79,6 +79,8 @@ class Situation(Record, frozen=True, kw_only=True):
     texts: tuple[DatasetProfile, ...]
     tasks: int
     tenants: int
+    separate: bool
+    """True when every task or tenant gets an adapter of its own."""
     task_kind: str
     languages: tuple[str, ...]
     force: bool
@@ -112,6 +114,8 @@ def read_situation(scenario: Scenario, knowledge: Knowledge) -> Situation:
         named = NamedModel(asked=scenario.model, how="known", spec=scenario.spec)
     demos = tuple(d for d in train if d.kind in DEMONSTRATIONS)
     tasks = max(sum(task_count(d) for d in demos), 1)
+    tenants = max([d.tenants or 1 for d in train], default=1)
+    apart = scenario.goal.storage_per_task_kb is not None and tasks > 1
     earlier = tuple(d for d in datasets if d.role == "earlier_task")
     return Situation(
         scenario=scenario, goal=goal, named=named, spec=named.spec,
@@ -122,7 +126,7 @@ def read_situation(scenario: Scenario, knowledge: Knowledge) -> Situation:
         prompts=tuple(d for d in train if d.kind == "prompts"),
         answered=tuple(d for d in train if d.kind == "prompts_with_answers"),
         texts=tuple(d for d in train if d.kind in TEXT),
-        tasks=tasks, tenants=max([d.tenants or 1 for d in train], default=1),
+        tasks=tasks, tenants=tenants, separate=apart or tenants > 1 or "tenants" in goal.wishes,
         task_kind=_task_kind(goal, demos, earlier, tasks),
         languages=tuple(sorted({code.lower() for d in train for code in d.languages})),
         force=scenario.goal.force,
@@ -148,6 +152,20 @@ def rows_of(datasets: Iterable[DatasetProfile]) -> int:
             declared_tasks = tasks if dataset.origin == "declared" else 1
             total += dataset.rows * declared_tasks
     return total
+
+
+def counted_rows(objective: Objective, situation: Situation, knowledge: Knowledge) -> int:
+    """Rows of one training: of one task where each gets its own adapter, capped where unequal tasks mix."""
+    datasets = datasets_of(objective, situation)
+    if objective != "sft" or situation.tasks < 2:
+        return rows_of(datasets)
+    if situation.separate:
+        return max(1, rows_of(datasets) // situation.tasks)
+    rules = rule(knowledge, "data", "mixture")
+    if unequal_ratio(situation) < rules["unequal_ratio"]:
+        return rows_of(datasets)
+    sizes = [size for d in datasets for size in (d.task_rows or (d.rows,))]
+    return sum(min(size, rules["cap_rows"]) for size in sizes)
 
 
 def megabytes_of(datasets: Iterable[DatasetProfile], knowledge: Knowledge) -> float:

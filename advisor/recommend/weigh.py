@@ -14,7 +14,7 @@ from typing import Any
 from advisor.knowledge import Knowledge
 from advisor.recommend.gates import Proposal
 from advisor.recommend.reasons import because
-from advisor.recommend.situation import Situation, megabytes_of, rows_of, rule
+from advisor.recommend.situation import Situation, counted_rows, megabytes_of, rows_of, rule
 from advisor.scenario import base_twin
 from advisor.types import ModelFacts, ModelSpec
 from advisor.units import format_count
@@ -76,7 +76,7 @@ def _weigh_full(
 def data_excess(situation: Situation, knowledge: Knowledge) -> float:
     """Decimal logarithm of the data over what LoRA is known to hold; 0 is the edge, -9 without data."""
     capacity, volume = rule(knowledge, "data", "capacity"), rule(knowledge, "data", "text_volume")
-    rows = rows_of(situation.demos)
+    rows = counted_rows("sft", situation, knowledge) if situation.demos else 0
     tokens = megabytes_of(situation.texts, knowledge) * 1e6 / volume["bytes_per_token"]
     share = max(rows / capacity["lora_rows"], tokens / capacity["lora_tokens"])
     return math.log10(share) if share > 0 else -9.0

@@ -99,7 +99,7 @@ def _accelerator(
     capability = None if capability is None else str(capability)
     bf16 = entry.bf16
     if bf16 is None:
-        bf16 = facts.bf16 if facts else _bf16_guess(vendor, capability, rules)
+        bf16 = facts.bf16 if facts else _bf16_guess(vendor, capability, name, rules)
     size = entry.memory_gib or (entry.ram_gib if vendor == "apple" else None)
     size = size or (facts.memory_gib if facts else rules["apple"]["ram_gib"])
     memory = from_gib(size)
@@ -110,7 +110,8 @@ def _accelerator(
     )  # fmt: skip
 
 
-def _bf16_guess(vendor: str, capability: str | None, rules: Mapping[str, Any]) -> bool:
+def _bf16_guess(vendor: str, capability: str | None, name: str, rules: Mapping[str, Any]) -> bool:
     if vendor == "nvidia" and capability is not None:
         return float(capability) >= float(rules["nvidia"]["bf16_from"])
-    return True
+    words = set(re.findall(r"[a-z]+\d*|\d+", name.lower()))
+    return vendor != "nvidia" or not words & set(rules["nvidia"]["names_without_bf16"])

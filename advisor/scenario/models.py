@@ -41,7 +41,7 @@ def name_model(text: str, knowledge: Knowledge) -> NamedModel:
         return NamedModel(asked=asked, how="known", spec=spec)
     original = _unquantised(asked, rules["quantised"]["words"])
     if original != asked:
-        spec = _known(original, knowledge) or _guessed(original, knowledge)
+        spec = _known(original, knowledge) or _guessed(original.rsplit("/", 1)[-1], knowledge)
         return NamedModel(asked=asked, how="quantised" if spec else "unknown", spec=spec)
     words = asked.lower()
     is_open = any(word in words for word in rules["hosted"]["open_words"])

@@ -160,7 +160,7 @@ def test_texts_hold_no_addresses(path: Path) -> None:
 # --- warnings ------------------------------------------------------------------------------------
 
 VERBS = [
-    "Accept", "Add", "Build", "Cap", "Check", "Choose", "Close", "Count", "Fetch", "Give", "Keep",
+    "Accept", "Add", "Build", "Cap", "Check", "Choose", "Close", "Collect", "Count", "Fetch", "Give", "Keep",
     "Leave", "Let", "Measure", "Mix", "Raise", "Read", "Remove", "Set", "Start", "Take", "Train", "Try",
     "Weight", "Write",
 ]  # fmt: skip
