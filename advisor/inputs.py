@@ -70,12 +70,11 @@ def declared(inputs: Inputs, knowledge: Knowledge) -> Scenario:
     """Return the scenario of `--scenario FILE`, with --method, --goal, --set and --force on top.
 
     Raises:
-        UsageError: the file is wrong, or --hardware, --model or --data was given beside it.
+        UsageError: the file is wrong, or --model or --data was given beside it.
     """
-    if inputs.data or inputs.earlier or inputs.model != "auto" or inputs.hardware:
+    if inputs.data or inputs.earlier or inputs.model != "auto":
         raise UsageError(
-            "--scenario declares hardware, model and data; --hardware, --model, --data and --earlier "
-            "cannot be added.",
+            "--scenario declares model and data; --model, --data and --earlier cannot be added.",
             "Put them into the scenario file, or leave --scenario away.",
         )
     content = read_yaml(

@@ -65,9 +65,7 @@ def hardware_of(inputs: Inputs, knowledge: Knowledge) -> Hardware:
         return probe_hardware(output=output, cache=cache_dir())
     path = Path(inputs.hardware)
     if path.suffix in (".yaml", ".yml", ".json"):
-        declared: Any = read_yaml(
-            path, error=UsageError, remedy="See CONTRACT: the hardware keys of a scenario."
-        )
+        declared: Any = read_yaml(path, error=UsageError, remedy="The keys: ftadvisor explain scenario")
         if isinstance(declared, dict) and "hardware" in declared:
             declared = declared["hardware"]
         return declared_hardware(declared, knowledge)

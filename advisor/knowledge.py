@@ -36,6 +36,10 @@ from advisor.types import (
 T = TypeVar("T")
 
 
+FILES = ("sources", "quantisations", "warnings", "failures", "topics")
+FOLDERS = ("hardware", "models", "methods", "tuners", "rules")
+
+
 class Knowledge(Record, frozen=True, kw_only=True):
     """All of kb/, decoded. Mappings keep the order of the files (sorted by name) and tables."""
 
@@ -66,6 +70,7 @@ def load() -> Knowledge:
 
 def read(*folders: Path) -> Knowledge:
     """Read one kb folder, or several of which the later ones win, and check every source key."""
+    _refuse_strangers(folders)
     knowledge = Knowledge(
         sources=_tables(folders, "sources.toml", Source),
         accelerators=_tables(folders, "hardware/*.toml", AcceleratorFacts),
@@ -95,6 +100,19 @@ def spec_of(key: str, facts: ModelFacts) -> ModelSpec:
     )
 
 
+def _refuse_strangers(folders: tuple[Path, ...]) -> None:
+    """Refuse a file that nothing would read, most likely a misspelt name."""
+    for folder in folders:
+        for path in sorted(folder.rglob("*.toml")):
+            place = path.relative_to(folder)
+            known = path.stem in FILES if len(place.parts) == 1 else place.parts[0] in (*FOLDERS, "starter")
+            if not known:
+                raise KnowledgeError(
+                    f"{path} is not read by anything.",
+                    f"Files: {', '.join(FILES)} (.toml); folders: {', '.join(FOLDERS)}.",
+                )
+
+
 def _paths(folders: tuple[Path, ...], pattern: str) -> list[Path]:
     return [path for folder in folders for path in sorted(folder.glob(pattern))]
 
@@ -110,7 +128,9 @@ def _convert(value: object, kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(value, type=kind)
     except msgspec.ValidationError as problem:
-        raise KnowledgeError(f"{where}: {problem}", "See advisor/types.py for the fields.") from problem
+        raise KnowledgeError(
+            f"{where}: {problem}", "Compare it with an entry of the same kind in the kb/ of the distribution."
+        ) from problem
 
 
 def _tables(folders: tuple[Path, ...], pattern: str, kind: type[T]) -> dict[str, T]:

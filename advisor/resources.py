@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from advisor.errors import KnowledgeError
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -23,8 +25,16 @@ def kb_dir() -> Path:
 
 
 def kb_overlay_dir() -> Path | None:
-    """Return the person's own kb folder (environment variable FTADVISOR_KB), if set."""
+    """Return the person's own kb folder (environment variable FTADVISOR_KB), if set.
+
+    Raises:
+        KnowledgeError: it is no folder.
+    """
     value = os.environ.get("FTADVISOR_KB")
+    if value and not Path(value).is_dir():
+        raise KnowledgeError(
+            f"FTADVISOR_KB names no folder: {value}", "Mend the path, or unset FTADVISOR_KB."
+        )
     return Path(value) if value else None
 
 

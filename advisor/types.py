@@ -6,7 +6,7 @@ Never does: I/O, computation, defaults that hide a fact about the world.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -732,7 +732,7 @@ class AcceleratorFacts(Record, frozen=True, kw_only=True):
     vendor: Literal["nvidia", "amd", "apple", "intel"]
     aliases: tuple[str, ...] = ()
     generation: str = ""
-    memory_gib: float
+    memory_gib: Annotated[float, msgspec.Meta(gt=0)]
     """For Apple: the unified memory of the usual configuration."""
     compute_capability: str | None = None
     bf16: bool

@@ -39,6 +39,10 @@ def plan(out: Path | None, *, dry_run: bool, expert: bool, as_json: bool, **wish
     if out is not None and not dry_run:
         require_unused(out)
     case = declared(inputs, knowledge) if inputs.scenario else _probed(inputs, knowledge, quiet=as_json)
+    if inputs.scenario and machines:
+        from advisor.intake import hardware_of
+
+        case = msgspec.structs.replace(case, hardware=hardware_of(inputs, knowledge))
     made = make_plan(case, knowledge)
     if not as_json:
         _show(made, expert=expert)

@@ -75,7 +75,8 @@ def rate(
         low, high = facts["unknown_spread"]["low"], facts["unknown_spread"]["high"]
     generation = accelerator.generation if accelerator else ""
     reached = facts["utilisation"].get(generation, facts["utilisation"]["other"])
-    wide = facts["fp32_factor"] if settings.precision == "fp32" else 1.0
+    share = facts["fp32_share"].get(generation, facts["fp32_share"]["other"])
+    wide = share if settings.precision == "fp32" else 1.0
     return Rate(
         flops=(tflops or facts["unknown_tflops"]) * 1e12 * reached * wide,
         bytes=(bandwidth or facts["unknown_gb_per_s"]) * 1e9 * facts["bandwidth_share"],
@@ -116,7 +117,7 @@ def optimizer_seconds(settings: MemorySettings, memory: Rate, rules: Rules, trai
 
 def dequantise_seconds(plan: Layout, settings: MemorySettings, memory: Rate, rules: Rules) -> float:
     """Seconds of one micro batch that turning 4-bit weights into 16 bits takes, in each pass over them."""
-    if settings.weight_bits >= 16 or settings.device == "cpu":
+    if settings.weight_bits >= 16:
         return 0.0
     facts = rules["quantised"]
     passes = 3 if settings.gradient_checkpointing else 2

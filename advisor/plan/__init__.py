@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from advisor.errors import UsageError
 from advisor.estimate.disk import estimate_disk
 from advisor.estimate.memory import estimate_memory
 from advisor.knowledge import Knowledge
@@ -128,6 +129,11 @@ def _again(
     """Estimate memory and time once more with the person's own settings."""
     settings = own.memory_with(fitted.settings, sheet, changes)
     estimate = estimate_memory(option.proposal.spec, settings, knowledge.rules["memory"])
+    if not estimate.trainable_parameters:
+        raise UsageError(
+            f"target={settings.target} names no layer of {option.proposal.spec.id}.",
+            "all-linear, attention, q_v, mlp or names of layers: ftadvisor explain target",
+        )
     changed = StageFit(
         objective=fitted.objective, settings=settings, estimate=estimate, lengths=fitted.lengths,
         rank=fitted.rank, completion_tokens=fitted.completion_tokens, shortened=fitted.shortened,

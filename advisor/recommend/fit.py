@@ -164,7 +164,7 @@ def _fit_stage(
     proposal: Proposal, objective: Objective, layout: Layout, situation: Situation, knowledge: Knowledge
 ) -> StageFit | NoFit:
     lengths = lengths_of(datasets_of(objective, situation), rule(knowledge, "data", "lengths"))
-    free = situation.machine.free_bytes
+    free = _room(proposal, situation, knowledge)
     if objective == "cpt":
         lengths = _text_lengths(lengths, knowledge)
     tries = list(_tries(proposal, objective, lengths, layout, situation, knowledge))
@@ -195,6 +195,13 @@ def _fit_stage(
     return NoFit(
         needed_bytes=least[1].peak_bytes.high, free_bytes=free, reason="no setting fits"
     )  # pragma: no cover - the last attempt is the frugal one, which fitted
+
+
+def _room(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> int:
+    """Bytes that a stage may take: of the device's memory only a share where the model's shape is guessed."""
+    guessed = situation.named.how == "guessed" and proposal.spec == situation.spec
+    share = rule(knowledge, "choice", "fit")["guessed_share"] if guessed else 1.0
+    return round(situation.machine.free_bytes * share)
 
 
 def too_large(proposal: Proposal, situation: Situation) -> NoFit | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from advisor.errors import UsageError
 from advisor.knowledge import Knowledge
 from advisor.scenario.entries import DatasetEntry, ScenarioEntry, decode_entry
 from advisor.scenario.hardware import declared_hardware, hardware_of
@@ -71,6 +72,11 @@ def _profiles(entries: tuple[DatasetEntry, ...]) -> tuple[DatasetProfile, ...]:
 
 
 def _profile(entry: DatasetEntry, name: str) -> DatasetProfile:
+    if entry.p95_tokens and entry.mean_tokens and entry.p95_tokens < entry.mean_tokens:
+        raise UsageError(
+            f"{name}: p95_tokens {entry.p95_tokens:g} lies below mean_tokens {entry.mean_tokens:g}.",
+            "95% of the rows have at most p95_tokens tokens; give both from the same count.",
+        )
     return DatasetProfile(
         name=name, origin="declared", kind=entry.kind, rows=entry.rows,
         bytes=None if entry.size_mb is None else round(entry.size_mb * 1000**2),

@@ -28,7 +28,7 @@ class HardwareEntry(Record, frozen=True, kw_only=True):
     vendor: Literal["nvidia", "amd", "apple", "intel"] | None = None
     count: Annotated[int, msgspec.Meta(ge=0)] = 1
     memory_gib: Positive | None = None
-    compute_capability: str | float | None = None
+    compute_capability: Annotated[str, msgspec.Meta(pattern=r"^\d+(\.\d+)?$")] | Positive | None = None
     bf16: bool | None = None
     ram_gib: Positive | None = None
     cpu_cores: Annotated[int, msgspec.Meta(ge=1)] | None = None
@@ -44,8 +44,8 @@ class DatasetEntry(Record, frozen=True, kw_only=True):
     p95_tokens: Positive | None = None
     size_mb: Positive | None = None
     languages: tuple[str, ...] | str = ()
-    classes: Count | None = None
-    tasks: Count | None = None
+    classes: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    tasks: Annotated[int, msgspec.Meta(ge=1)] | None = None
     task_rows: tuple[Count, ...] = ()
     tenants: Count | None = None
     holdout_rows: Count | None = None

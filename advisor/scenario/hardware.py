@@ -69,6 +69,11 @@ def hardware_of(entry: HardwareEntry, knowledge: Knowledge) -> Hardware:
         )
     if (stated := STATED.search(name)) and _looks_apple(name, entry, rules) and not entry.ram_gib:
         entry = msgspec.structs.replace(entry, ram_gib=float(stated[1]))
+    if facts is not None and entry.vendor not in (None, facts.vendor):
+        raise UsageError(
+            f"{facts.name} is made by {facts.vendor}, not by {entry.vendor}.",
+            "Leave `vendor` away, or mend the name.",
+        )
     accelerator = _accelerator(name, entry, key, facts, rules)
     if entry.ram_gib:
         ram = from_gib(entry.ram_gib)
