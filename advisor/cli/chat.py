@@ -1,8 +1,10 @@
-"""`ftadvisor chat GGUF`: an offline conversation, one turn, or two files side by side."""
+"""`ftadvisor chat`: an offline conversation with a GGUF file or with trained folders."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -26,7 +28,7 @@ class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @click.command()
-@click.argument("gguf", type=options.FILE)
+@click.argument("targets", type=options.FILE, nargs=-1, required=True)
 @click.option("--prompt", help="One turn, then end.")
 @click.option("--compare", type=options.FILE, help="A second file to answer beside it.")
 @click.option(
@@ -43,7 +45,7 @@ class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @options.kv_cache
 @options.as_json
 def chat(
-    gguf: Path,
+    targets: tuple[Path, ...],
     prompt: str | None,
     compare: Path | None,
     lora: tuple[str, ...],
@@ -55,32 +57,73 @@ def chat(
     *,
     as_json: bool,
 ) -> None:
-    """Talk to a GGUF file, offline. An empty line, /quit or Ctrl-D ends; /new starts again."""
+    """Talk to a GGUF file, or to run folders as they were trained, offline.
+
+    Adapters are changed while you talk, without loading the model again: /adapter NAME, and /adapter base for
+    none. They are the run folders, or the --lora files of a GGUF. An empty line, /quit or Ctrl-D ends; /new
+    starts again.
+    """
     if as_json and prompt is None:
         raise UsageError("--json needs --prompt.", "ftadvisor chat FILE --prompt TEXT --json")
-    files = [gguf, *([compare] if compare else [])]
-    sessions = {
-        str(file): ChatSession(
-            file,
-            system=system,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            context_tokens=context,
-            cache=kv_cache,
-            prompt_cache=own_cache_dir() / "prompts",
-        )
-        for file in files
-    }
-    if lora:
-        sessions[str(gguf)].use_adapters(dict(map(parse_adapter, lora)))
-    if as_json:
-        answers = {name: "".join(session.reply(str(prompt))) for name, session in sessions.items()}
-        print_json(ChatAnswer(prompt=str(prompt), answers=answers))
+    said: dict[str, Any] = {"system": system, "temperature": temperature, "max_tokens": max_tokens}
+    if targets[0].is_dir() or len(targets) > 1:
+        if lora or compare or context or kv_cache:
+            raise UsageError(
+                "--lora, --compare, --context and --kv-cache belong to one GGUF file.",
+                "Give several folders to compare them: ftadvisor chat RUN_A RUN_B --prompt TEXT",
+            )
+        _folders(targets, prompt, said, as_json=as_json)
         return
+    gguf = targets[0]
+    said |= {"context_tokens": context, "cache": kv_cache, "prompt_cache": own_cache_dir() / "prompts"}
+    sessions = {str(file): ChatSession(file, **said) for file in [gguf, *([compare] if compare else [])]}
+    adapters = dict(map(parse_adapter, lora))
+    if adapters:
+        sessions[str(gguf)].use_adapters(adapters)
+    if prompt is not None:
+        _turn(prompt, sessions, as_json=as_json)
+        return
+    from advisor.ui.talk import talk
+
+    put_on = sessions[str(gguf)].use_adapters
+    alone = {path.stem: partial(put_on, {path: scale}) for path, scale in adapters.items()}
+    choices = {**alone, "all": partial(put_on, adapters), "base": partial(put_on, {})} if adapters else {}
+    talk(sessions, choices, "all")
+
+
+def _turn(prompt: str, sessions: dict[str, ChatSession], *, as_json: bool) -> None:
+    """Let every session answer once."""
+    if as_json:
+        answers = {name: "".join(session.reply(prompt)) for name, session in sessions.items()}
+        print_json(ChatAnswer(prompt=prompt, answers=answers))
+        return
+    from advisor.ui.talk import turn
+
+    turn(sessions, prompt)
+    print_text("")
+
+
+def _folders(targets: tuple[Path, ...], prompt: str | None, said: dict[str, Any], *, as_json: bool) -> None:
+    """Talk to trained folders; with a prompt, each answers it from the beginning."""
+    from advisor.adapters import AdapterChat, find_voices
+    from advisor.run.launch import require_installed
     from advisor.ui.talk import talk, turn
 
+    require_installed(("torch", "transformers", "peft"))
+    session = AdapterChat(find_voices(targets, offline=True, on_progress=lambda _: None), **said)
     if prompt is None:
-        talk(sessions)
+        talk({session.chosen: session}, {name: partial(session.choose, name) for name in session.names},
+             session.chosen)  # fmt: skip
+        return
+    answers = {}
+    for name in session.voices:
+        session.choose(name)
+        session.reset()
+        if as_json:
+            answers[name] = "".join(session.reply(prompt))
+        else:
+            turn({name: session}, prompt, named=len(session.voices) > 1)
+    if as_json:
+        print_json(ChatAnswer(prompt=prompt, answers=answers))
     else:
-        turn(sessions, prompt)
         print_text("")

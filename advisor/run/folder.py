@@ -31,6 +31,9 @@ class RunState(Record, frozen=True, kw_only=True):
     steps_planned: int | None = None
     last_loss: float | None = None
     gguf_files: tuple[str, ...] = ()
+    result: str = ""
+    """adapter or model, once it is trained."""
+    result_bytes: int = 0
 
 
 def default_name(plan: Plan, now: datetime) -> str:
@@ -98,6 +101,7 @@ def read_state(folder: Path) -> RunState:
     report_file = folder / "report.json"
     report = read_record(report_file, RunReport) if report_file.is_file() else None
     started = (folder / "events.jsonl").is_file()
+    result = next((name for name in ("adapter", "model") if report and name in report.artefacts), "")
     return RunState(
         folder=str(folder),
         model=plan.model.id if plan.model else "",
@@ -107,5 +111,9 @@ def read_state(folder: Path) -> RunState:
         steps=report.steps if report else 0,
         steps_planned=report.steps_planned if report else None,
         last_loss=report.last_loss if report else None,
+        result=result,
+        result_bytes=sum(file.stat().st_size for file in (folder / result).glob("*") if file.is_file())
+        if result
+        else 0,
         gguf_files=tuple(str(path) for path in sorted(folder.glob("export/*.gguf"))),
     )

@@ -237,12 +237,13 @@ def runs(states: Sequence[RunState]) -> RenderableType:
     """Draw run folders, one line each; a single one with its files."""
     if not states:
         return Text("No run folder here. Next: ftadvisor plan --data FILE")
-    table = columns("Folder", "Method", "State", "Steps", "Loss", right=("Steps", "Loss"))
+    table = columns("Folder", "Method", "State", "Steps", "Loss", "Result", right=("Steps", "Loss"))
     for state in states:
         steps = f"{state.steps}/{state.steps_planned}" if state.steps_planned is not None else ""
         loss = f"{state.last_loss:.3f}" if state.last_loss is not None else ""
         method = f"{state.method} {'+'.join(state.objectives)}"
-        table.add_row(Text(state.folder, style="key"), method, state.status, steps, loss)
+        result = f"{state.result} {format_bytes(state.result_bytes)}" if state.result else ""
+        table.add_row(Text(state.folder, style="key"), method, state.status, steps, loss, result)
     files = [file for state in states for file in state.gguf_files] if len(states) == 1 else []
     return Group(table, bullets(files)) if files else table
 
