@@ -14,7 +14,7 @@ from advisor.export import export_model
 from advisor.intake import own_cache_dir
 from advisor.run.page import write_page
 from advisor.storage import read_record
-from advisor.types import Export, Plan, Verification
+from advisor.types import Export, ExportPlan, Plan, Verification
 from advisor.verify import heldout_rows, keep_proof, verify_gguf
 
 QUANT_HELP = (
@@ -35,7 +35,7 @@ class ExportAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @click.command()
 @click.argument("source", type=options.FILE)
 @click.option(
-    "--to", default="gguf", show_default=True, help="gguf, merged, lora-gguf, modelfile; with commas."
+    "--to", help="gguf, merged, lora-gguf, modelfile; with commas. Default: what the plan chose, else gguf."
 )
 @click.option("--quant", help=QUANT_HELP)
 @options.out
@@ -47,7 +47,7 @@ class ExportAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @options.as_json
 def export(
     source: Path,
-    to: str,
+    to: str | None,
     quant: str | None,
     out: Path | None,
     llama_cpp: Path | None,
@@ -66,7 +66,7 @@ def export(
 def export_and_prove(
     source: Path,
     *,
-    to: str = "gguf",
+    to: str | None = None,
     quant: str | None = None,
     out: Path | None = None,
     llama_cpp: Path | None = None,
@@ -83,7 +83,7 @@ def export_and_prove(
     notify = notifier(quiet=as_json)
     made = export_model(
         source,
-        to=_words(to.lower()),
+        to=_words((to or _usual_target(source)).lower()),
         quants=_words((quant or _usual_quants(source)).upper()),
         out=out,
         offline=offline,
@@ -111,10 +111,20 @@ def export_and_prove(
     return made, proofs
 
 
+def _planned(source: Path) -> ExportPlan | None:
+    file = source / "plan.json"
+    return read_record(file, Plan).export if file.is_file() else None
+
+
+def _usual_target(source: Path) -> str:
+    """Merged weights where the plan is for a server, else a GGUF."""
+    chosen = _planned(source)
+    return "merged" if chosen and chosen.format == "safetensors" else "gguf"
+
+
 def _usual_quants(source: Path) -> str:
     """What the plan of a run folder chose; without one, a faithful file and a small one."""
-    file = source / "plan.json"
-    chosen = read_record(file, Plan).export if file.is_file() else None
+    chosen = _planned(source)
     return chosen.quant if chosen and chosen.format == "gguf" and chosen.quant else "F16,Q4_K_M"
 
 

@@ -15,6 +15,8 @@ def export_plan(
     spec: ModelSpec, tuner: TunerFacts | None, situation: Situation, knowledge: Knowledge
 ) -> ExportPlan:
     """Plan the export of a model tuned by `tuner` (None: exported as it is)."""
+    if situation.goal.deploy != "unstated" and not situation.goal.wants_gguf:
+        return _for_a_server(spec, tuner, situation)
     choice = choose_file(spec, situation, knowledge)
     if tuner is not None and tuner.gguf == "none":
         return ExportPlan(
@@ -35,6 +37,25 @@ def export_plan(
     return ExportPlan(
         feasible=choice.fits, format="gguf", route=route, quant=choice.quant, file_bytes=choice.file_bytes,
         reason=f"{why}; {choice.quant}: {choice.reason}",
+    )  # fmt: skip
+
+
+def _for_a_server(spec: ModelSpec, tuner: TunerFacts | None, situation: Situation) -> ExportPlan:
+    """Inference servers load safetensors: the merged model, or the base with an adapter for each tenant."""
+    apart = situation.separate or situation.wish("adapter")
+    if tuner is not None and tuner.group == "lora" and apart:
+        return ExportPlan(
+            feasible=True, format="safetensors", route="adapter", quant="BF16", file_bytes=0,
+            reason="the adapter folder of the run is served beside the base, each request naming its adapter",
+        )  # fmt: skip
+    if tuner is not None and not tuner.mergeable and tuner.group != "full":
+        return ExportPlan(
+            feasible=False, format="safetensors", route="merged", quant="BF16", file_bytes=0,
+            reason="this method does not merge into the base, and servers load no such adapters",
+        )  # fmt: skip
+    return ExportPlan(
+        feasible=True, format="safetensors", route="merged", quant="BF16", file_bytes=2 * spec.parameters,
+        reason="servers load 16-bit safetensors; a GGUF stays possible: ftadvisor export RUN_DIR --to gguf",
     )  # fmt: skip
 
 

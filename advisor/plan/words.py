@@ -12,7 +12,7 @@ from advisor.recommend.chains import never_succeeds
 from advisor.recommend.fit import least_bytes
 from advisor.recommend.reasons import because
 from advisor.recommend.situation import rows_of
-from advisor.types import Alternative, Verdict
+from advisor.types import Alternative, ExportPlan, Verdict
 from advisor.units import format_bytes, format_count, format_seconds
 
 METHODS = {
@@ -40,9 +40,7 @@ def summary(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
         time = format_seconds(case.seconds())
         parts.append(f"It needs at most {format_bytes(high)} of {format_bytes(free)} and about {time}.")
     if case.export is not None and case.export.feasible and case.spec is not None:
-        parts.append(
-            f"The result becomes a {case.export.quant} GGUF of {format_bytes(case.export.file_bytes)}."
-        )
+        parts.append(f"The result becomes {_file(case.export)}.")
     return " ".join(part for part in parts if part)
 
 
@@ -56,6 +54,14 @@ def _what(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
     chain = ", then ".join(short_name(o, knowledge) for o in case.objectives)
     size = format_count(case.spec.parameters)
     return f"{_lead(case, verdict, knowledge)}{title} with {chain} on {case.spec.id} ({size} parameters)."
+
+
+def _file(target: ExportPlan) -> str:
+    if target.format == "gguf":
+        return f"a {target.quant} GGUF of {format_bytes(target.file_bytes)}"
+    if target.route == "adapter":
+        return "an adapter that a server loads beside its base"
+    return f"merged 16-bit weights of {format_bytes(target.file_bytes)} for a server"
 
 
 def _lead(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:

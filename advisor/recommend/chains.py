@@ -138,18 +138,30 @@ def _changing_facts(situation: Situation, knowledge: Knowledge) -> Instead | Non
 
 def _too_few(situation: Situation, knowledge: Knowledge) -> Instead | None:
     limits, pairs = rule(knowledge, "data", "rows"), rule(knowledge, "data", "preference")
+    if situation.answered and not (situation.demos or situation.pairs or situation.unpaired):
+        return _too_few_prompts(situation, knowledge)
     if situation.texts or situation.answered or situation.prompts or not situation.train:
         return None
     rows, judged = rows_of(situation.demos), rows_of((*situation.pairs, *situation.unpaired))
-    if judged >= pairs["refuse_below"] or max(rows, judged) >= limits["prompt_below"]:
+    if judged >= pairs["refuse_below"] or rows >= limits["prompt_below"]:
         return None
     if rows < limits["refuse_below"] and not judged:
         why = because(knowledge, "instead", "below_minimum", rows=rows, limit=limits["refuse_below"])
         return "none_prompting", why
     if situation.goal.requested_method == "ia3" and rows >= limits["refuse_below"]:
         return None
+    if judged and not rows:
+        why = because(knowledge, "instead", "few_judged", rows=judged, limit=pairs["refuse_below"])
+        return "none_prompting", why
     figures = {"rows": max(rows, judged), "limit": limits["prompt_below"]}
     return "none_prompting", because(knowledge, "instead", "few_examples", **figures)
+
+
+def _too_few_prompts(situation: Situation, knowledge: Knowledge) -> Instead | None:
+    least, rows = rule(knowledge, "data", "reinforcement")["prompts_least"], rows_of(situation.answered)
+    if rows >= least or situation.texts:
+        return None
+    return "none_prompting", because(knowledge, "instead", "few_prompts", rows=rows, limit=least)
 
 
 def _no_target(situation: Situation, knowledge: Knowledge) -> Instead | None:

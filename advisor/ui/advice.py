@@ -104,7 +104,7 @@ def _export_line(made: Plan) -> RenderableType:
         return Text("")
     if not target.feasible:
         return Text(f"Cannot become a {target.format} file: {target.reason}", style="warn")
-    size = format_bytes(target.file_bytes)
+    size = format_bytes(target.file_bytes) if target.file_bytes else "small"
     return Text(
         f"{target.format} {target.quant}, about {size}, by route {target.route}. {target.reason}".strip()
     )

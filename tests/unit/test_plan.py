@@ -391,5 +391,21 @@ def test_tokenizer_that_llama_cpp_cannot_follow_is_told_before_training() -> Non
         assert made.verdict == verdict
         assert ("tokenizer_without_gguf" in codes(made)) == (deploy == "ollama")
         assert made.export is not None
-        assert not made.export.feasible
-        assert "Unigram" in made.export.reason
+        if deploy == "ollama":
+            assert not made.export.feasible
+            assert "Unigram" in made.export.reason
+        else:
+            assert (made.export.format, made.export.feasible) == ("safetensors", True)
+
+
+def test_a_server_gets_what_servers_load() -> None:
+    """vLLM loads merged weights, or one adapter for each tenant beside the base; nobody asked for a GGUF."""
+    merged = plan(rows(), deploy="vLLM server").export
+    assert merged is not None
+    assert (merged.format, merged.route) == ("safetensors", "merged")
+    apart = plan(rows(tenants=60), deploy="vLLM server").export
+    assert apart is not None
+    assert (apart.format, apart.route) == ("safetensors", "adapter")
+    local = plan(rows(), deploy="llama.cpp on a server").export
+    assert local is not None
+    assert local.format == "gguf"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from advisor.errors import UnknownNameError
+from advisor.errors import UnknownNameError, UsageError
 from advisor.knowledge import load
 from advisor.recommend import advise, recommend
 from advisor.recommend.amount import epochs_for
@@ -78,6 +78,77 @@ def test_what_is_insisted_on_is_done_unless_it_is_impossible() -> None:
         assert made.method == "lora"
         assert "method_impossible" in codes(made)
         assert "method_changed" not in codes(made)
+
+
+def test_settings_that_do_not_fit_are_not_called_a_plan() -> None:
+    """An override beyond the memory changes the verdict and the figures of the headline."""
+    made = plan(rows(), overrides={"micro_batch": 512, "effective_batch": 512})
+    assert made.verdict == "change_plan"
+    assert made.summary.startswith("Your settings do not fit: ")
+    assert "does_not_fit" in codes(made)
+    with pytest.raises(UsageError, match="names no layer"):
+        plan(rows(), overrides={"target": "foo"})
+
+
+def test_data_without_contrast_are_mended_first() -> None:
+    """Labels that are all alike, and prompts that are all solved already, teach nothing."""
+    for share in (0.0, 1.0):
+        made = plan(rows("unpaired_preference", 4000, positive_fraction=share))
+        assert made.verdict == "fix_data_first"
+        assert "no_contrast" in codes(made)
+        assert "undesirable_over_desirable_weight" not in made.stages[0].settings
+    solved = plan(rows("prompts_with_answers", 4000, baseline_pass_rate=0.97))
+    assert solved.verdict == "fix_data_first"
+
+
+def test_few_pairs_take_enough_steps_or_none() -> None:
+    """Sixty pairs are too few to prefer anything by; three hundred get small batches."""
+    few = plan(rows("preference", 60))
+    assert (few.method, few.verdict) == ("none_prompting", "dont_train_yet")
+    assert "collect" in few.summary
+    assert plan(rows("prompts_with_answers", 10)).method == "none_prompting"
+    made = plan(rows("preference", 300, on_policy=True))
+    assert made.stages[-1].settings["effective_batch"] == 8
+
+
+def test_unequal_tasks_count_with_their_cap_and_separate_ones_alone() -> None:
+    """What the cap leaves decides the passes; with an adapter for each task, one task's rows do."""
+    capped = plan(rows(count=0, task_rows=[500, 20000, 300000, 1200]), hardware=A100)
+    assert capped.method == "lora"
+    assert capped.stages[0].settings["epochs"] == 2
+    apart = plan(
+        rows(count=500, tasks=200),
+        model="Qwen/Qwen3-4B-Instruct-2507",
+        storage_per_task_kb=200,
+        hardware=A100,
+    )
+    assert float(str(apart.stages[0].settings["epochs"])) > 1
+    assert "separate_adapters" in codes(apart)
+    assert "mixing_cap" not in codes(apart)
+
+
+def test_an_unlisted_card_says_what_was_assumed() -> None:
+    """Old names get no bf16; an unknown speed is said and does not choose the model."""
+    old = plan(rows(), hardware={"accelerator": "GTX 1050", "memory_gib": 4}, model="auto")
+    assert old.stages[0].settings["precision"] == "fp16"
+    assert "no_bf16" in codes(old)
+    new = plan(
+        rows("chat", 20000),
+        hardware={"accelerator": "X1", "vendor": "nvidia", "memory_gib": 96},
+        model="auto",
+    )
+    assert any("is not in kb/hardware" in text for text in new.assumptions)
+    assert new.model is not None
+    assert new.model.parameters > 6e9
+
+
+def test_small_devices_are_small() -> None:
+    """Megabytes are understood, and nothing is planned for a device that holds no model."""
+    assert plan(rows(), deploy="phone with 512 MB", model="auto").method == "none"
+    phone = plan(rows(), deploy="phone with 2000 MB", model="auto")
+    assert phone.export is not None
+    assert phone.export.file_bytes < 1 << 30
+    assert plan(rows(), text="voice assistant on an ESP32").method == "none"
 
 
 def test_asking_for_retrieval_or_no_training_is_heard() -> None:
