@@ -16,6 +16,8 @@ from advisor.types import MemorySettings, ModelSpec
 
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 PAIRED = frozenset({"dpo", "orpo", "simpo", "reward"})
+ALWAYS_CHUNKED = frozenset({"dpo", "kto", "rloo", "grpo"})
+"""Objectives whose trainer computes the loss tile by tile, whatever the setting says."""
 SOFT_CAPPED = frozenset({"gemma2"})
 INTO_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"})
 INTO_MLP = frozenset({"gate_proj", "up_proj", "gate_up_proj", "c_fc"})
@@ -210,12 +212,17 @@ def after_dequantising_per_token(spec: ModelSpec, plan: Layout, settings: Memory
 def final_per_token(spec: ModelSpec, settings: MemorySettings) -> int:
     """Bytes kept for each token after the last block: the final norm and what the output matrix reads."""
     hidden, a, s = spec.shape.hidden, compute_bytes(settings), stream_bytes(settings)
-    kept = 4 * hidden + (s * hidden if settings.loss == "chunked" else 0)
+    kept = 4 * hidden + (s * hidden if in_tiles(settings) else 0)
     if tuner_name(settings.tuner) in ("full", "layernorm"):
         kept += (4 if spec.model_type in GEMMA else s) * hidden
-    if settings.loss == "full_logits" and trains_everything(settings):
+    if not in_tiles(settings) and trains_everything(settings):
         kept += a * hidden
     return kept
+
+
+def in_tiles(settings: MemorySettings) -> bool:
+    """True when the logits are never held whole."""
+    return settings.loss == "chunked" or settings.objective in ALWAYS_CHUNKED
 
 
 def loss_bytes(spec: ModelSpec, settings: MemorySettings, *, backward: bool) -> int:
@@ -229,7 +236,7 @@ def loss_bytes(spec: ModelSpec, settings: MemorySettings, *, backward: bool) -> 
     if outputs(settings):
         return 0
     count, a = tokens(settings), compute_bytes(settings)
-    if settings.loss == "full_logits":
+    if not in_tiles(settings):
         capped = a if spec.model_type in SOFT_CAPPED else 0
         return count * spec.shape.vocab * (capped + a + (12 if backward else 8))
     tile = min(count, TILE_TOKENS) * TILE_VOCABULARY * a

@@ -203,7 +203,7 @@ def _head_gradient(case: _Case) -> Part:
     if not act.trains_everything(settings):
         return case.part("head_gradient", 0, "the output matrix is frozen")
     size = states.stored_bytes(settings)
-    each = size if settings.loss == "full_logits" else 4 + (size if size < 4 else 0)
+    each = 4 + (size if size < 4 else 0) if act.in_tiles(settings) else size
     return case.part("head_gradient", each * entries, f"{entries:,} x {each} B")
 
 

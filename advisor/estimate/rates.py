@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from advisor.estimate.activations import trains_everything
+from advisor.estimate.activations import in_tiles, saved_per_token, trains_everything
 from advisor.estimate.layers import Layout
 from advisor.estimate.states import trained_bytes
 from advisor.estimate.tunable import outputs
@@ -29,6 +29,10 @@ class Rate(Record, frozen=True, kw_only=True):
     """Of one micro batch, whatever its size."""
     token_seconds: float
     """Of one generated token of a batch, beyond reading the weights."""
+    kept_byte_seconds: float = 0.0
+    """For each byte that a block keeps for its backward pass: what is not a matrix product."""
+    logit_seconds: float = 0.0
+    """For each logit of a loss in tiles, beyond its matrix product."""
     low: float
     high: float
     """Factors of the band."""
@@ -97,15 +101,31 @@ def _processor(settings: MemorySettings, hardware: Hardware, facts: Mapping[str,
         kind = "bf16"
     elif features & set(facts["avx512_features"]):
         kind = "avx512"
-    cores = max(1, hardware.cpu_cores)
+    several = max(1, hardware.cpu_cores) ** facts["scaling_exponent"]
+    group = "full" if trains_everything(settings) else "adapters"
     return Rate(
-        flops=facts["flops_per_core"][kind] * cores ** facts["scaling_exponent"],
+        flops=facts["flops_per_core"][kind] * several,
+        kept_byte_seconds=facts["kept_byte_seconds"][group] / several,
+        logit_seconds=facts["logit_seconds"] / several,
         bytes=facts["gb_per_s"] * 1e9,
         overhead_seconds=facts["overhead_seconds"],
-        token_seconds=facts["overhead_seconds"] / 2,
+        token_seconds=facts["token_seconds"],
         low=facts["spread"]["low"],
         high=facts["spread"]["high"],
     )
+
+
+def elementwise_seconds(
+    spec: ModelSpec, plan: Layout, settings: MemorySettings, device: Rate, *, tokens: float
+) -> float:
+    """Seconds of one micro batch of `tokens` tokens that are no matrix products, where a device has a figure.
+
+    What a block keeps for its backward pass is what its other operators write and read.
+    """
+    kept = saved_per_token(spec, plan, settings) * plan.blocks * device.kept_byte_seconds
+    logits = spec.shape.vocab * device.logit_seconds
+    tiled = in_tiles(settings) and settings.objective != "reward"
+    return float(tokens * (kept + (logits if tiled else 0.0)))
 
 
 def optimizer_seconds(settings: MemorySettings, memory: Rate, rules: Rules, trainable: int) -> float:

@@ -14,7 +14,8 @@ from advisor.estimate.layers import Layout
 from advisor.types import MemorySettings, Part
 
 Rules = Mapping[str, Any]
-WITH_REFERENCE = frozenset({"dpo", "kto", "rloo"})
+WITH_REFERENCE = frozenset({"rloo", "grpo"})
+"""Objectives that hold a frozen copy of fully tuned weights; DPO and KTO score their reference beforehand."""
 
 
 def shards(settings: MemorySettings) -> int:

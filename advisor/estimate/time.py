@@ -40,6 +40,8 @@ def estimate_time(
     accelerator: AcceleratorFacts | None,
     hardware: Hardware,
     rules: Mapping[str, Any],
+    heldout_rows: int = 0,
+    evaluations: int = 0,
 ) -> TimeEstimate:
     """Estimate steps and seconds of a training stage.
 
@@ -55,10 +57,12 @@ def estimate_time(
         accelerator: facts of the device; None when it is not in kb/, or there is none.
         hardware: the machine; cores and features of the CPU are read.
         rules: tables of kb/rules/time.toml.
+        heldout_rows: rows that are measured on and not trained on.
+        evaluations: how often, at most.
 
     Returns:
-        Steps, and bands of seconds a step, seconds (with the start of the program), and tokens a second
-        (padding not counted).
+        Steps, and bands of seconds a step, seconds (with the start of the program, the evaluations and the
+        scoring of a reference), and tokens a second (padding not counted).
     """
     mean = min(float(settings.seq_len), max(mean_tokens, 1.0))
     steps = count_steps(settings, rows, epochs, effective_batch, max_steps, mean)
@@ -70,6 +74,10 @@ def estimate_time(
     work = rates.flops(spec, plan, settings, rules, tokens=computed, length=length)
     micro = work / device.flops + device.overhead_seconds
     micro += rates.dequantise_seconds(plan, settings, device, rules)
+    micro += rates.elementwise_seconds(spec, plan, settings, device, tokens=computed)
+    forward = micro * rules["run"]["forward_share"] / max(settings.micro_batch, 1)
+    measured = min(evaluations, 2 + steps // rules["run"]["steps_between_evaluations"])
+    passes = measured * heldout_rows + rules["run"]["reference_passes"].get(settings.objective, 0) * rows
     second = micro_steps * micro
     second += rates.optimizer_seconds(settings, device, rules, count(spec, plan, settings))
     notes = list(device.notes)
@@ -79,7 +87,7 @@ def estimate_time(
         notes.append("the time to generate answers depends on their length and is the least certain part")
     band = Band(low=second * device.low, expected=second, high=second * device.high)
     tokens = micro_steps * real * settings.gpus
-    start = rules["run"]["start_seconds"] if steps else 0.0
+    start = rules["run"]["start_seconds"] + forward * passes if steps else 0.0
     return TimeEstimate(
         steps=steps,
         seconds_per_step=band,

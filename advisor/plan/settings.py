@@ -9,7 +9,7 @@ from __future__ import annotations
 from advisor.knowledge import Knowledge
 from advisor.plan.learning_rate import learning_rate
 from advisor.recommend import Advice, Option
-from advisor.recommend.amount import batch_for, epochs_for, stage_time
+from advisor.recommend.amount import batch_for, epochs_for, heldout_share, stage_time
 from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
 from advisor.recommend.fit import Fit, StageFit
 from advisor.recommend.reasons import because
@@ -235,16 +235,12 @@ def new_language(situation: Situation, knowledge: Knowledge) -> bool:
 
 
 def _keeping(sheet: Sheet, stage: StageFit, time: TimeEstimate, advice: Advice, knowledge: Knowledge) -> None:
-    rules, points = rule(knowledge, "settings", "heldout"), rule(knowledge, "settings", "checkpoints")
+    points = rule(knowledge, "settings", "checkpoints")
     datasets = datasets_of(stage.objective, advice.situation)
-    rows = counted_rows(stage.objective, advice.situation, knowledge)
-    share, key = 0.0, "heldout_none"
+    share = heldout_share(stage.objective, advice.situation, knowledge)
+    key = "heldout" if share else "heldout_none"
     if any(d.holdout_rows for d in datasets):
         key = "heldout_own"
-    elif stage.objective not in REINFORCEMENT and rows >= rules["none_below"]:
-        key = "heldout"
-        share = rules["fraction_small"] if rows < rules["small_below"] else rules["fraction"]
-        share = min(share, round(rules["most_rows"] / max(rows, 1), 4))
     sheet.say("heldout_fraction", key, value=share)
     wanted = round(time.steps / points["saves_per_run"])
     every = max(points["every_at_least"], min(points["every_at_most"], wanted))

@@ -113,13 +113,25 @@ def stage_time(
         rows *= max(stage.settings.generations, 1)
         mean += stage.completion_tokens
     known = [d.lengths for d in datasets_of(stage.objective, situation) if d.lengths]
+    kept = heldout_share(stage.objective, situation, knowledge)
     return estimate_time(
         proposal.spec, stage.settings, rows=rows, epochs=epochs, effective_batch=effective_batch,
         max_steps=max_steps, mean_tokens=stage.settings.seq_len if stage.objective == "cpt" else mean,
         lengths=known[0] if len(known) == 1 and stage.objective == "sft" else None,
         accelerator=situation.machine.facts, hardware=situation.scenario.hardware,
-        rules=knowledge.rules["time"],
+        rules=knowledge.rules["time"], heldout_rows=round(kept * rows),
+        evaluations=2 + rule(knowledge, "settings", "checkpoints")["saves_per_run"],
     )  # fmt: skip
+
+
+def heldout_share(objective: Objective, situation: Situation, knowledge: Knowledge) -> float:
+    """Return the share of the rows that is not trained on but measured on."""
+    rules, datasets = rule(knowledge, "settings", "heldout"), datasets_of(objective, situation)
+    rows = counted_rows(objective, situation, knowledge)
+    if any(d.holdout_rows for d in datasets) or objective in REINFORCEMENT or rows < rules["none_below"]:
+        return 0.0
+    share = rules["fraction_small"] if rows < rules["small_below"] else rules["fraction"]
+    return float(min(share, round(rules["most_rows"] / max(rows, 1), 4)))
 
 
 def hours_of(fit: Fit, proposal: Proposal, situation: Situation, knowledge: Knowledge) -> float:

@@ -220,7 +220,6 @@ class _Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers is not 
     def __init__(self, most_seconds: float) -> None:
         self.micro: list[Times] = []
         self.rest: list[Times] = []
-        self.peak: dict[str, int] = {}
         self._most = most_seconds
         self._watch = _Watch()
         self._typical_since = 0.0
@@ -243,7 +242,6 @@ class _Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers is not 
         """The step is done; the first was that of the longest rows."""
         self.rest.append(self._watch.lap())
         if state.global_step == 1:
-            self.peak = peak_memory()
             self._typical_since = time.monotonic()
         elif time.monotonic() - self._typical_since > self._most:
             control.should_training_stop = True
@@ -277,7 +275,7 @@ def measure_steps(
     stopwatch = _Stopwatch(probe.order.seconds)
     trainer.add_callback(stopwatch)
     trainer.train()
-    whole = _whole(probe, stopwatch, settings)
+    peak, whole = peak_memory(), _whole(probe, stopwatch, settings)
     share = probe.heldout_tokens / probe.heldout_taken if probe.heldout_taken else 1.0
     evaluation = one.scaled(share)
     each = one.scaled(1 / probe.heldout_taken) if probe.heldout_taken else Times()
@@ -291,8 +289,8 @@ def measure_steps(
         micro_batch=settings.micro_batch,
         steps_measured=len(stopwatch.rest),
         steps_planned=probe.steps_planned,
-        measured_peak_bytes=stopwatch.peak["memory_bytes"],
-        allocated_bytes=stopwatch.peak.get("allocated_bytes"),
+        measured_peak_bytes=peak["memory_bytes"],
+        allocated_bytes=peak.get("allocated_bytes"),
         ready_seconds=ready.seconds,
         reference_seconds=reference.seconds,
         evaluation_seconds=evaluation.seconds,

@@ -15,29 +15,25 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import msgspec
 import torch
-import trl.kernels.chunked_logprob as chunked
-from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
-from trl.trainer.utils import add_fused_lm_head
 
 from advisor.errors import RefusedError
-from advisor.train.tuners import GROUPS
+from advisor.train.trace_model import build, in_tiles, mixed, sequences
+from advisor.train.trace_standins import Autocast, prepare
 from advisor.types import MemorySettings, ModelSpec, Record
 
-TUNERS = ("full", "lora", "qlora", "prompt_tuning")
-OBJECTIVES = ("sft", "cpt")
-FLASH, PADDED = "traced_fused", "traced_padded"
-BLOCK, OUTER = 64, 256
-"""Weights of one NF4 scale, and scales of one scale of scales, as bitsandbytes has them."""
+TUNERS = (
+    "full", "lora", "qlora", "dora", "ia3", "ln_tuning", "prompt_tuning", "p_tuning", "prefix_tuning",
+)  # fmt: skip
+OBJECTIVES = ("sft", "cpt", "dpo", "kto", "orpo", "simpo", "reward")
 
 
 class Question(Record, frozen=True, kw_only=True):
@@ -112,102 +108,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's mod
         )
 
 
-class Autocast(contextlib.AbstractContextManager[None]):
-    """torch.autocast on the meta device: casts the inputs of matrix products, remembers casts of weights."""
-
-    active = False
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.casts: dict[int, Tensor] = {}
-
-    def cast(self, tensor: Any) -> Any:
-        """Return a 32-bit tensor in the low precision; anything else as it is."""
-        if tensor is None or tensor.dtype != torch.float32:
-            return tensor
-        if not (tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled()):
-            return tensor.to(self.dtype)
-        if id(tensor) not in self.casts:
-            self.casts[id(tensor)] = tensor.to(self.dtype)
-        return self.casts[id(tensor)]
-
-    def __enter__(self) -> None:
-        self.before = (functional.linear, torch.matmul, torch.addmm, Autocast.active)
-        linear, matmul, addmm, _ = self.before
-        _put(
-            lambda x, w, b=None: linear(self.cast(x), self.cast(w), self.cast(b)),
-            lambda a, b: matmul(self.cast(a), self.cast(b)),
-            lambda b, x, w: addmm(self.cast(b), self.cast(x), self.cast(w)),
-        )
-        Autocast.active = True
-
-    def __exit__(self, *_: object) -> None:
-        *functions, Autocast.active = self.before
-        _put(*functions)
-        self.casts.clear()
-
-
-def _put(linear: Any, matmul: Any, addmm: Any) -> None:
-    """Set the matrix products that the model library calls by name."""
-    places: Any = (functional, torch)
-    places[0].linear, places[1].matmul, places[1].addmm = linear, matmul, addmm
-
-
-class _Attention(torch.autograd.Function):
-    """What a fused kernel keeps: query, key, value, output, log-sum-exp and the mask."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        batch, heads, length, width = query.shape
-        out = query.new_empty(batch, length, heads, width)
-        sums = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
-        ctx.save_for_backward(query, key, value, out, sums, bias)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
-        query, key, value, *_rest = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
-
-
-def _fused(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
-) -> tuple[Tensor, None]:
-    low = torch.bfloat16 if Autocast.active else query.dtype
-    return _Attention.apply(query.to(low), key.to(low), value.to(low), None), None
-
-
-def _padded(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
-) -> tuple[Tensor, None]:
-    """SDPA with a mask: it repeats keys and values, and turns the mask into numbers."""
-    low = torch.bfloat16 if Autocast.active else query.dtype
-    groups = module.num_key_value_groups
-    batch, heads, length, width = key.shape
-    if groups > 1:
-        key, value = (
-            x[:, :, None].expand(batch, heads, groups, length, width).reshape(batch, -1, length, width)
-            for x in (key, value)
-        )
-    bias = torch.empty(batch, 1, query.shape[2], length, dtype=low, device=query.device)
-    return _Attention.apply(query.to(low), key.to(low), value.to(low), bias), None
-
-
-class _Product4(torch.autograd.Function):
-    """A product with an NF4 matrix: both directions turn it into 16 bits for a moment, and keep no input."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, outputs: int) -> Tensor:
-        ctx.widths = (outputs, inputs.shape[-1])
-        torch.empty(ctx.widths, dtype=torch.bfloat16, device=inputs.device)
-        return inputs.new_empty(*inputs.shape[:-1], outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        torch.empty(ctx.widths, dtype=torch.bfloat16, device=gradients[0].device)
-        return gradients[0].new_empty(*gradients[0].shape[:-1], ctx.widths[1]), None
-
-
 def trace(spec: ModelSpec, settings: MemorySettings) -> Peaks:
     """Follow every tensor of two steps.
 
@@ -229,115 +129,15 @@ def trace(spec: ModelSpec, settings: MemorySettings) -> Peaks:
         return _steps(model, spec, settings, ledger)
 
 
-def prepare(settings: MemorySettings) -> None:
-    """Register the stand-ins; this process is for tracing only."""
-    for name, function in ((FLASH, _fused), (PADDED, _padded)):
-        AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, lambda *_args, **_kwargs: None)
-    library: Any = torch
-    library.is_autocast_enabled = lambda *_: Autocast.active
-    library.get_autocast_dtype = lambda *_: torch.bfloat16
-    if settings.device == "cuda":  # on devices a kernel folds each tile in place
-        chunked._forward_tile = chunked._backward_tile = lambda *_args, **_kwargs: None
-        chunked._addmm_fp32 = lambda *_: None
-
-
-def build(spec: ModelSpec, settings: MemorySettings) -> nn.Module:
-    """Return the model as the trainer has it, on the meta device."""
-    rows = settings.micro_batch
-    kernel = "eager" if settings.attention == "eager" else FLASH
-    if settings.attention == "sdpa" and (settings.packed or rows > 1):
-        kernel = PADDED
-    wide = torch.float32 if settings.weight_bits == 32 else torch.bfloat16
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            _config(spec), dtype=wide, attn_implementation=kernel
-        )
-    model.train()
-    if settings.loss == "chunked":
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-    adapters = _adapters(settings)
-    if adapters is not None:
-        with torch.device("meta"):
-            model = get_peft_model(model, adapters)
-    if settings.weight_bits == 4:
-        _quantise(model, settings)
-    if settings.adapter_bits == 16:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data
-    if settings.gradient_checkpointing:
-        _checkpoint(model, settings, adapters is not None)
-    return model
-
-
-def _config(spec: ModelSpec) -> Any:
-    shape = spec.shape
-    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    if spec.model_type == "gpt2":
-        return AutoConfig.for_model(
-            "gpt2", n_embd=shape.hidden, n_inner=shape.intermediate, n_layer=shape.layers, n_head=shape.heads,
-            vocab_size=shape.vocab, n_positions=spec.context_tokens, tie_word_embeddings=shape.tied,
-            attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **ids,
-        )  # fmt: skip
-    return AutoConfig.for_model(
-        spec.model_type, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, vocab_size=shape.vocab, tie_word_embeddings=shape.tied,
-        attention_bias=shape.attention_bias, mlp_bias=shape.mlp_bias, **ids,
-    )  # fmt: skip
-
-
-def _adapters(settings: MemorySettings) -> PeftConfig | None:
-    if settings.tuner == "full":
-        return None
-    if settings.tuner == "prompt_tuning":
-        return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=settings.virtual_tokens)
-    named = GROUPS.get(settings.target) or tuple(name.strip() for name in settings.target.split(","))
-    modules = settings.target if settings.target == "all-linear" else list(named)
-    return LoraConfig(r=settings.lora_r, target_modules=modules, task_type="CAUSAL_LM")
-
-
-def _quantise(model: nn.Module, settings: MemorySettings) -> None:
-    """Replace the weight of every linear layer of the blocks by its packed form."""
-    for name, layer in model.named_modules():
-        if type(layer) is not nn.Linear or "lm_head" in name or "lora_" in name:
-            continue
-        entries, outputs = layer.weight.numel(), layer.out_features
-        scales = entries // BLOCK
-        size = entries // 2 + (scales + scales // OUTER * 4 if settings.double_quant else scales * 4)
-        packed = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
-        replaced: Any = layer
-        replaced.weight, replaced.forward = packed, _product_with(outputs)
-
-
-def _product_with(outputs: int) -> Callable[[Tensor], Tensor]:
-    def product(inputs: Tensor) -> Tensor:
-        result: Tensor = _Product4.apply(inputs.to(torch.bfloat16), outputs)
-        return result
-
-    return product
-
-
-def _checkpoint(model: Any, settings: MemorySettings, frozen: bool) -> None:  # noqa: FBT001 - private
-    contexts: dict[str, Any] = {}
-    if _mixed(settings):
-        contexts["context_fn"] = lambda: (contextlib.nullcontext(), Autocast(torch.bfloat16))
-    model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
-    if frozen:
-        model.enable_input_require_grads()
-
-
-def _mixed(settings: MemorySettings) -> bool:
-    return settings.autocast and settings.precision != "fp32"
-
-
 def _steps(model: nn.Module, spec: ModelSpec, settings: MemorySettings, ledger: Ledger) -> Peaks:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=True) if settings.optimizer == "adamw_torch" else None
-    ids = torch.zeros(settings.micro_batch, settings.seq_len, dtype=torch.long, device="meta")
-    inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    if settings.loss == "chunked":
-        inputs["fused_lm_head"] = True
+    ids = torch.zeros(sequences(settings), settings.seq_len, dtype=torch.long, device="meta")
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if settings.tuner != "prefix_tuning":
+        inputs["use_cache"] = False
+    if in_tiles(settings):
+        inputs |= {"fused_lm_head": True, "labels": ids}
     states: list[Tensor] = []
     peaks = Peaks(steady=0, forward=0, backward=0, optimizer=0)
     for step in range(2):
@@ -346,18 +146,37 @@ def _steps(model: nn.Module, spec: ModelSpec, settings: MemorySettings, ledger: 
                 parameter.grad = torch.zeros_like(parameter)
         ledger.take_peak()
         steady = ledger.now
-        with Autocast(torch.bfloat16) if _mixed(settings) else contextlib.nullcontext():
-            outputs = model(**inputs)
-            loss = outputs.loss
-        if settings.loss == "chunked":
-            outputs = None  # the trainer has let go of them; a plain loop keeps its logits
+        with Autocast(torch.bfloat16) if mixed(settings) else contextlib.nullcontext():
+            held = _loss(model, inputs, ids, settings)
         forward = ledger.take_peak()
-        torch.autograd.backward([loss])
-        loss = outputs = None
+        torch.autograd.backward(held[:1])
+        held = ()
         backward = ledger.take_peak()
         states += _update(trained, optimizer, settings, first=step == 0)
         peaks = Peaks(steady=steady, forward=forward, backward=backward, optimizer=ledger.take_peak())
     return peaks
+
+
+def _loss(model: nn.Module, inputs: dict[str, Any], ids: Tensor, settings: MemorySettings) -> tuple[Any, ...]:
+    """Return the loss of an objective, then what its trainer still holds during the backward pass."""
+    if settings.objective in ("sft", "cpt"):
+        outputs = model(**{**inputs, "labels": ids})
+        # The trainer has let go of the outputs of the tiled head; a plain loop keeps its logits.
+        return (outputs.loss,) if in_tiles(settings) else (outputs.loss, outputs)
+    outputs = model(**inputs)
+    if settings.objective == "reward":
+        better, worse = outputs.logits.squeeze(-1).chunk(2)
+        return -functional.logsigmoid(better - worse).mean(), outputs
+    if in_tiles(settings):
+        sums = outputs.log_probs.sum(1)
+    else:
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        sums = -functional.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="none")
+        sums = sums.view(ids.shape[0], -1).sum(1)
+    if settings.objective == "kto":
+        return (-torch.sigmoid(sums).mean(),)
+    better, worse = sums.chunk(2)
+    return (-functional.logsigmoid(better - worse).mean(),)
 
 
 def _update(

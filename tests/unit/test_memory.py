@@ -149,11 +149,15 @@ def test_sharding_divides_what_is_held_whatever_the_batch() -> None:
 
 
 def test_a_reference_costs_weights_only_when_everything_is_tuned() -> None:
-    """DPO on all weights holds a frozen copy; on adapters the base itself is the reference."""
-    full = {part.name for part in estimate(tuner="full", objective="dpo").parts}
-    lora = {part.name for part in estimate(tuner="lora", objective="dpo").parts}
+    """GRPO on all weights holds a frozen copy; on adapters the base itself is the reference.
+
+    DPO and KTO score the reference before the first step and hold none."""
+    full = {part.name for part in estimate(tuner="full", objective="grpo").parts}
+    lora = {part.name for part in estimate(tuner="lora", objective="grpo").parts}
     assert "reference" in full
     assert "reference" not in lora
+    for objective in ("dpo", "kto"):
+        assert "reference" not in {part.name for part in estimate(tuner="full", objective=objective).parts}
 
 
 def test_a_pair_counts_twice() -> None:

@@ -151,7 +151,7 @@ def test_rows_set_aside_settle_the_warning_about_them() -> None:
 
 def test_minutes_on_a_processor_are_not_called_slow() -> None:
     """A tiny model on few rows is done before the warning could be read."""
-    few = plan(rows(count=60), hardware=CPU, model="HuggingFaceTB/SmolLM2-135M-Instruct")
+    few = plan(rows(count=50), hardware=CPU, model="HuggingFaceTB/SmolLM2-135M-Instruct")
     assert few.stages
     assert "slow" not in codes(few)
 

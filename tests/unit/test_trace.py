@@ -29,8 +29,32 @@ CASES: tuple[tuple[ModelSpec, dict[str, Any]], ...] = (
     (spec("gemma2", heads=8, kv_heads=4, **WIDE), {"tuner": "full", "weight_bits": 32, "seq_len": 1024}),
     (spec("gemma3_text", heads=8, kv_heads=1, **WIDE), {"micro_batch": 4, "gradient_checkpointing": False}),
     (spec("phi3", heads=16, kv_heads=16, tied=False, **WIDE), {"micro_batch": 2}),
+    (LLAMA, {"objective": "dpo", "tuner": "full", "weight_bits": 32, "micro_batch": 2, "seq_len": 1024}),
+    (LLAMA, {"objective": "reward", "micro_batch": 2, "gradient_checkpointing": False}),
+    (LLAMA, {"objective": "kto", "micro_batch": 4, "seq_len": 1024}),
+    (LLAMA, {"tuner": "ia3", "micro_batch": 4, "gradient_checkpointing": False}),
+    (LLAMA, {"tuner": "prefix_tuning", "virtual_tokens": 20, "gradient_checkpointing": False}),
     (spec("olmo2", heads=16, kv_heads=16, tied=False, **WIDE), {"tuner": "full", "micro_batch": 2}),
 )
+
+
+SMALL = {"layers": 3, "hidden": 256, "intermediate": 768, "head_dim": 64, "vocab": 4000}
+STEP = {"device": "cpu", "seq_len": 256, "micro_batch": 2}
+REAL: tuple[tuple[ModelSpec, dict[str, Any]], ...] = (
+    (spec(heads=4, kv_heads=2, **SMALL), {**STEP, "tuner": "full", "weight_bits": 32, "precision": "fp32"}),
+    (spec(heads=4, kv_heads=2, **SMALL), {**STEP, "gradient_checkpointing": False}),
+    (
+        spec("qwen3", heads=4, kv_heads=2, **SMALL),
+        {**STEP, "weight_bits": 32, "precision": "fp32", "loss": "full_logits"},
+    ),
+)
+
+
+def real_peaks(cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[int]:
+    """Train two real steps of each case, and return the bytes that the second one held."""
+    from real_step import measure
+
+    return [measure(model, MemorySettings(**given), "cpu").peak for model, given in cases]
 
 
 def ask(cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[dict[str, int]]:
@@ -61,8 +85,17 @@ def test_the_closed_form_agrees_with_the_tracer() -> None:
     assert sorted(errors)[len(errors) // 2] < 0.015, errors
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_tracer_agrees_with_real_steps() -> None:
+    """Three small models train two real steps on the processor: within 2% of what the profiler counts."""
+    for (model, given), traced, real in zip(REAL, ask(REAL), real_peaks(REAL), strict=True):
+        peak = max(value for name, value in traced.items() if name != "steady")
+        assert peak == pytest.approx(real, rel=0.02), (model.model_type, given)
+
+
 def test_what_is_not_traced_is_refused() -> None:
     """A tuner that the tracer does not know ends it with the ones that it does."""
     with pytest.raises(subprocess.CalledProcessError) as failure:
-        ask(((LLAMA, {"tuner": "ia3"}),))
+        ask(((LLAMA, {"tuner": "adapter"}),))
     assert b"prompt_tuning" in failure.value.stderr
