@@ -627,6 +627,65 @@ class Observation(Record, frozen=True, kw_only=True):
     bench: MatrixBench | None = None
 
 
+class Asked(Record, frozen=True, kw_only=True):
+    """One prompt with the greedy answer of a model."""
+
+    prompt: str
+    answer: str
+    tokens: int
+    ended: bool
+    """Whether the model ended its answer by itself."""
+    right: bool | None = None
+    """None: there is nothing to check it by."""
+    reference: str | None = None
+    skill: str = ""
+
+
+class RowLoss(Record, frozen=True, kw_only=True):
+    """What a model makes of one row that is not trained on."""
+
+    dataset: str
+    tokens: int
+    loss: float
+    """Sum over the row's trained tokens."""
+    swapped: float | None = None
+    """The same for the answer behind the question of another row."""
+
+
+class Measured(Record, frozen=True, kw_only=True):
+    """What was asked of a model at one time: evaluation-before.json, evaluation-after.json."""
+
+    rows: tuple[RowLoss, ...] = ()
+    samples: tuple[Asked, ...] = ()
+    """Questions of rows that are not trained on."""
+    probes: tuple[Asked, ...] = ()
+    """General questions, the same for every run of this model."""
+    seconds: float = 0.0
+
+
+class Change(Record, frozen=True, kw_only=True):
+    """One figure before and after, with the interval of the change where one is known."""
+
+    name: str
+    before: float
+    after: float
+    low: float | None = None
+    high: float | None = None
+    rows: int = 0
+    better: Literal["lower", "higher"] = "higher"
+
+
+class Evaluation(Record, frozen=True, kw_only=True):
+    """What the training changed, and what that amounts to."""
+
+    verdict: Literal["better", "no_different", "worse", "forgot", "unknown"]
+    evidence: tuple[str, ...]
+    """What the verdict rests on, the weightiest first."""
+    changes: tuple[Change, ...] = ()
+    examples: tuple[tuple[str, str, str], ...] = ()
+    """Prompt, answer before, answer after."""
+
+
 class RunReport(Record, frozen=True, kw_only=True):
     """What happened: report.json (schema ftadvisor.report/1)."""
 
@@ -660,6 +719,8 @@ class RunReport(Record, frozen=True, kw_only=True):
     artefacts: dict[str, str]
     """name -> path relative to the run folder: adapter, model, checkpoint."""
     decisions: tuple[str, ...] = ()
+    evaluation: Evaluation | None = None
+    """Before and after, with a verdict; None where nothing was measured."""
     packages: dict[str, str] = {}
     error: str | None = None
     remedy: str | None = None

@@ -38,7 +38,7 @@ SETTINGS: dict[str, Value] = {
     "warmup_ratio": 0.1, "scheduler": "cosine", "weight_decay": 0.01, "max_grad_norm": 1.0,
     "optimizer": "adamw_torch", "precision": "fp32", "double_quant": True, "gradient_checkpointing": False,
     "packing": False, "attention": "sdpa", "loss": "full_logits", "loss_on": "assistant",
-    "heldout_fraction": 0.1, "save_every_steps": 4, "keep_checkpoints": 2,
+    "heldout_fraction": 0.1, "evaluate": False, "save_every_steps": 4, "keep_checkpoints": 2,
 }  # fmt: skip
 LORA: dict[str, Value] = {
     "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "use_rslora": False, "use_dora": False,

@@ -26,7 +26,7 @@ from advisor.knowledge import load
 from advisor.plan import make_plan
 from advisor.resources import starter_dir
 from advisor.run.page import write_page
-from advisor.ui import advice, render
+from advisor.ui import advice, measured, render
 
 QUANTS = ("F16", "Q8_0", "Q4_K_M")
 MOST_BEFORE, LEAST_AFTER = 0.10, 0.80
@@ -117,7 +117,10 @@ def demo(out: Path | None, *, as_json: bool) -> None:
     if as_json:
         print_json(answer)
     else:
-        print_text(render.report(report), render.export(exported, proofs))
+        print_text(render.report(report))
+        if report.evaluation is not None:
+            print_text(measured.evaluation(report.evaluation))
+        print_text(render.export(exported, proofs))
         _show(answer)
     if not answer.ok:
         if as_json:

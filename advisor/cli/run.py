@@ -38,9 +38,12 @@ def run(
     if as_json:
         print_json(report)
     else:
-        from advisor.ui.render import report as draw
+        from advisor.ui import measured, render
 
-        print_text(draw(report), f"Next: ftadvisor export {folder}")
+        print_text(render.report(report))
+        if report.evaluation is not None:
+            print_text(measured.evaluation(report.evaluation))
+        print_text(f"Next: ftadvisor export {folder}")
 
 
 def train(

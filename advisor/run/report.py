@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from advisor.errors import AdvisorError
-from advisor.types import Recipe, RunReport, StageEstimate
+from advisor.types import Evaluation, Recipe, RunReport, StageEstimate
 
 Status = Literal["done", "failed", "interrupted", "refused"]
 
@@ -24,6 +24,7 @@ def build_report(
     artefacts: dict[str, str],
     packages: dict[str, str],
     error: AdvisorError | None,
+    evaluation: Evaluation | None = None,
 ) -> RunReport:
     """Return the report of a run.
 
@@ -37,6 +38,7 @@ def build_report(
         artefacts: name -> path relative to the run folder.
         packages: installed versions.
         error: why it failed.
+        evaluation: what the training changed.
     """
     seen = list(events)
     steps = [event for event in seen if event["event"] == "step"]
@@ -65,15 +67,21 @@ def build_report(
         last_loss=last.get("loss"),
         heldout_loss_before=heldout.get("before"),
         heldout_loss_after=heldout.get("after"),
-        heldout_figures={when: figures for when in ("before", "after") if (figures := _figures(seen, when))},
+        heldout_figures=figures_of_both(seen),
         supervised_tokens=_latest(seen, "data", "supervised_tokens"),
         trainable_parameters=_latest(seen, "model", "trainable_parameters"),
         artefacts=artefacts,
         decisions=tuple(str(event["message"]) for event in seen if event["event"] == "decision"),
         packages=packages,
+        evaluation=evaluation,
         error=error.message if error else None,
         remedy=error.remedy if error else None,
     )
+
+
+def figures_of_both(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return what was measured before and after on what is not trained on."""
+    return {when: figures for when in ("before", "after") if (figures := _figures(events, when))}
 
 
 def _figures(events: list[dict[str, Any]], when: str) -> dict[str, float]:

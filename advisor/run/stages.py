@@ -20,7 +20,8 @@ from advisor.storage import file_sha256, read_record, write_json
 from advisor.types import Plan, Program, Recipe, Record, RunReport, StageEstimate
 
 EVENTS, REPORT, PLAN = "events.jsonl", "report.json", "plan.json"
-RESULTS = ("adapter", "model", "heldout.jsonl")
+EVALUATIONS = ("evaluation-before.json", "evaluation-after.json")
+RESULTS = ("adapter", "model", "heldout.jsonl", *EVALUATIONS)
 CHECKPOINTS = "checkpoints"
 AGAIN = "Plan again: ftadvisor plan --help"
 NUMBERED = re.compile(r"recipe-(\d+)-")

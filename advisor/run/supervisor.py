@@ -24,12 +24,23 @@ from advisor.run.launch import require_packages, start_program
 from advisor.run.lock import FolderLock
 from advisor.run.observe import observed
 from advisor.run.probe_steps import probe_first
-from advisor.run.report import Status, build_report
+from advisor.run.report import Status, build_report, figures_of_both
 from advisor.run.signs import RunState
-from advisor.run.stages import EVENTS, REPORT, Job, got_worse, is_done, is_put_away, put_away, read_jobs
+from advisor.run.stages import (
+    EVALUATIONS,
+    EVENTS,
+    REPORT,
+    Job,
+    got_worse,
+    is_done,
+    is_put_away,
+    put_away,
+    read_jobs,
+)
 from advisor.run.thresholds import Thresholds, thresholds_of
+from advisor.run.verdict import judge
 from advisor.storage import read_record, write_json
-from advisor.types import Record, RunReport
+from advisor.types import Evaluation, Measured, Record, RunReport
 
 ARTEFACTS = {"adapter": "adapter", "model": "model"}
 
@@ -221,4 +232,14 @@ def _report(job: Job, *, status: Status, error: AdvisorError | None) -> RunRepor
         artefacts=artefacts,
         packages=installed_packages(),
         error=error,
+        evaluation=_evaluation(folder, figures_of_both(events)),
     )
+
+
+def _evaluation(folder: Path, figures: dict[str, dict[str, float]]) -> Evaluation | None:
+    """Return what the stage in this folder changed; None where it was not measured at both times."""
+    files = [folder / name for name in EVALUATIONS]
+    if not all(file.is_file() for file in files):
+        return None
+    before, after = (read_record(file, Measured) for file in files)
+    return judge(before, after, figures, load().rules["evaluation"])

@@ -7,6 +7,7 @@ computed once, before the first step)."""
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,9 +21,10 @@ from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
+from advisor.train.evaluation import Evaluator
 from advisor.train.model import DTYPES
 from advisor.train.pairs import Judged, open_judged, pair_table
-from advisor.train.session import Session, carry_out, open_model, open_tokenizer, trainer_arguments
+from advisor.train.session import HELDOUT, Session, carry_out, open_model, open_tokenizer, trainer_arguments
 from advisor.train.settings import Settings
 from advisor.train.trainer import IGNORED, pad_multiple
 from advisor.train.tuners import trained_to_fp32
@@ -52,7 +54,10 @@ def train_without_reference(session: Session, settings: Settings, pair_loss: Los
         processing_class=tokenizer,
     )
     measure = HeldOutPairs(trainer, data.heldout, settings, pad_id=ending.pad_id)
-    return carry_out(session, trainer, tokenizer, settings, measure=measure)
+    evaluator = Evaluator(
+        trainer, tokenizer, template, settings, model=session.recipe.model, rows={}, heldout=HELDOUT
+    )
+    return carry_out(session, trainer, tokenizer, settings, measure=measure, evaluator=evaluator)
 
 
 class ReadyRows:
@@ -190,8 +195,9 @@ def marked_figures(
         if not len(up) or not len(down):
             return {"loss": None}
         margin = beta * (up.mean() - down.mean())
+        error = beta * math.sqrt(sum(float(one.var(correction=0)) / len(one) for one in (up, down)))
         return {
-            "loss": float(-functional.logsigmoid(margin)), "margin": float(margin),
+            "loss": float(-functional.logsigmoid(margin)), "margin": float(margin), "margin_error": error,
             "good_reward": float(beta * up.mean()), "bad_reward": float(beta * down.mean()),
         }  # fmt: skip
 
@@ -237,6 +243,7 @@ class HeldOutPairs:
             "margin": float(margins.mean()),
             "accuracy": float((margins > 0).float().mean()),
             "preferred": float((plain > 0).float().mean()),
+            "pairs": len(self._rows),
         }
 
     def change(self) -> torch.Tensor:
@@ -291,4 +298,5 @@ def reward_figures(trainer: Any, rows: list[Judged], settings: Settings) -> dict
         "loss": float(-functional.logsigmoid(found).mean()),
         "accuracy": float((found > 0).float().mean()),
         "margin": float(found.mean()),
+        "pairs": len(rows),
     }

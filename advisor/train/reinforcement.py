@@ -22,8 +22,9 @@ from advisor.rows import RowProblem, infer_mapping, read_rows, to_messages
 from advisor.templates import TemplateRefusalError
 from advisor.train.answers import Template, render_prompt
 from advisor.train.data import ROWS_TO_INFER_FROM, Tally, told
+from advisor.train.evaluation import Evaluator
 from advisor.train.rewards import Reward, rewards_of
-from advisor.train.session import Session, carry_out, open_model, open_tokenizer, trainer_arguments
+from advisor.train.session import HELDOUT, Session, carry_out, open_model, open_tokenizer, trainer_arguments
 from advisor.train.settings import ReinforcementSettings, read_settings
 from advisor.train.tuners import trained_to_fp32
 from advisor.types import RecipeDataset, Record
@@ -120,6 +121,7 @@ class Sampled:
         return {
             "loss": None, "reward": statistics.fmean(marks),
             "reward_error": statistics.stdev(marks) / math.sqrt(len(marks)),
+            "answers": len(marks),
         }  # fmt: skip
 
     def refuse_if_all_alike(self) -> None:
@@ -250,4 +252,7 @@ def train_against_rewards(session: Session, trainer_class: Any, arguments_class:
         trained_to_fp32(trainer.model)
     measure = Sampled(trainer, prompts, rewards, tokenizer, template, settings)
     measure.refuse_if_all_alike()
-    return carry_out(session, trainer, tokenizer, settings, measure=measure)
+    evaluator = Evaluator(
+        trainer, tokenizer, template, settings, model=recipe.model, rows={}, heldout=HELDOUT
+    )
+    return carry_out(session, trainer, tokenizer, settings, measure=measure, evaluator=evaluator)

@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 
 from advisor.errors import AdvisorError, ModelError, RefusedError
 from advisor.run.events import EventWriter, stage_of
-from advisor.storage import file_sha256, read_record
+from advisor.storage import file_sha256, read_record, write_json
 from advisor.train import checkpoints, probing
 from advisor.train.answers import Template, read_template
 from advisor.train.callbacks import Reporter
+from advisor.train.evaluation import Evaluator
 from advisor.train.memory import peak_memory
 from advisor.train.model import (
     Ending,
@@ -52,6 +53,7 @@ from advisor.train.tuners import count, prepare_model
 from advisor.types import Recipe
 
 CHECKPOINTS, HELDOUT = Path("checkpoints"), Path("heldout.jsonl")
+EVALUATION = "evaluation-{when}.json"
 DONE, FAILED, STOPPED = 0, 1, 130
 
 
@@ -117,6 +119,7 @@ def carry_out(
     *,
     measure: Callable[[], dict[str, Any]],
     beside: Mapping[str, bytes] = MappingProxyType({}),
+    evaluator: Evaluator | None = None,
 ) -> int:
     """Train with a trainer that is ready, from the newest whole checkpoint on, and save the result.
 
@@ -127,14 +130,10 @@ def carry_out(
         settings: of the recipe.
         measure: returns `loss` on rows that are not trained on, and what else is known of them.
         beside: files that are saved with the weights, by name.
+        evaluator: asks the model questions, before and after; None where it cannot answer.
     """
     events, stop = session.events, session.stop
-    begin = checkpoints.newest(CHECKPOINTS, fit_of(session))
-    for name, reason in begin.rejected.items():
-        events.write("warning", message=f"{name} is not used: {reason}.")
-    wait_for_all()  # all have looked before the first one tidies up
-    if is_first():
-        checkpoints.remove_unusable(CHECKPOINTS, begin)
+    asking = evaluator if settings.evaluate else None
     size = count(trainer.model)
     events.write(
         "model",
@@ -147,10 +146,17 @@ def carry_out(
     if session.probe is not None:
         probing.measure_steps(session.probe, trainer, session.recipe, settings, events, measure=measure)
         return DONE
+    begin = checkpoints.newest(CHECKPOINTS, fit_of(session))
+    for name, reason in begin.rejected.items():
+        events.write("warning", message=f"{name} is not used: {reason}.")
+    wait_for_all()  # all have looked before the first one tidies up
+    if is_first():
+        checkpoints.remove_unusable(CHECKPOINTS, begin)
     if begin.folder is not None:
         events.write("note", message=f"Going on from the checkpoint of step {begin.step}.")
     elif not is_sharded(session.recipe):
         events.write("heldout", when="before", step=0, **measure())
+        evaluate(session, trainer, asking, when="before")
     if anywhere(stop.asked):
         return STOPPED
     trainer.add_callback(Spread(session, trainer, measure=None if begin.folder else measure))
@@ -178,6 +184,7 @@ def carry_out(
     place = save_result(trainer, tokenizer, session.recipe, settings, measure=measure, beside=beside)
     at = begin.step if chosen else trainer.state.max_steps
     events.write("heldout", when="after", step=at, **place.measured)
+    evaluate(session, trainer, asking, when="after")
     events.write(
         "done", artefact=place.name, bytes=place.bytes, cpu_seconds=time.process_time(), **peak_memory()
     )
@@ -206,6 +213,15 @@ class Spread(TrainerCallback):  # type: ignore[misc]  # transformers is not type
         # Before it is spread, a sharded model lies in the host's memory, in one process only.
         if self._measure is not None and is_sharded(recipe):
             self._session.events.write("heldout", when="before", step=0, **self._measure())
+
+
+def evaluate(session: Session, trainer: Any, evaluator: Evaluator | None, *, when: str) -> None:
+    """Write down what the model makes of questions now; on several devices none are asked."""
+    if evaluator is None or trainer.accelerator.num_processes > 1:
+        return
+    found = evaluator(swap=when == "after")
+    write_json(Path(EVALUATION.format(when=when)), found)
+    session.events.write("evaluation", when=when, rows=len(found.rows), seconds=found.seconds)
 
 
 def fit_of(session: Session) -> checkpoints.Fit:

@@ -43,6 +43,7 @@ class Settings(Record, frozen=True, kw_only=True):
     attention: Literal["sdpa", "flash", "eager"] = "sdpa"
     loss: Literal["chunked", "full_logits"] = "chunked"
     heldout_fraction: float = 0.0
+    evaluate: bool = True
     save_every_steps: int = 100
     keep_checkpoints: int = 2
     lora_r: int = 16

@@ -101,15 +101,6 @@ def _loses_its_encoder(model: torch.nn.Module) -> bool:
     return isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.P_TUNING
 
 
-def virtual_tokens(model: torch.nn.Module) -> int:
-    """Return how many positions a prompt-learning adapter puts before a row."""
-    if not isinstance(model, PeftModel):
-        return 0
-    config = model.active_peft_config
-    counts = config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING
-    return int(config.num_virtual_tokens) if counts else 0
-
-
 def heldout_figures(
     trainer: AnswerTrainer, rows: dict[str, Dataset], settings: Settings
 ) -> dict[str, float | None]:

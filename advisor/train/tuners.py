@@ -15,6 +15,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PeftType,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -228,6 +229,15 @@ def target_modules(model: nn.Module, target: str) -> str | list[str]:
         leaves = {name.rpartition(".")[2] for name in linear} | {"all-linear", *GROUPS}
         raise UnknownNameError("target layer", missing, leaves, "Correct `target` in the recipe.")
     return found
+
+
+def virtual_tokens(model: torch.nn.Module) -> int:
+    """Return how many positions a prompt-learning adapter puts before a row."""
+    if not isinstance(model, PeftModel):
+        return 0
+    config = model.active_peft_config
+    counts = config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING
+    return int(config.num_virtual_tokens) if counts else 0
 
 
 def trained_to_fp32(model: nn.Module) -> None:

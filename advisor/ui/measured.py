@@ -12,8 +12,8 @@ from rich.rule import Rule
 from rich.text import Text
 
 from advisor.estimate.calibrate import ErrorSummary
-from advisor.types import MatrixBench, StepProbe
-from advisor.ui.render import band_of_bytes, band_of_seconds, columns, pairs
+from advisor.types import Evaluation, MatrixBench, StepProbe
+from advisor.ui.render import band_of_bytes, band_of_seconds, bullets, columns, pairs
 from advisor.units import format_bytes, format_seconds
 
 
@@ -36,6 +36,32 @@ def step_probe(found: StepProbe) -> RenderableType:
         ]
     rows += [("Try instead", f"--set {name}={value}") for name, value in found.smaller.items()]
     return Group(Rule(f"Real steps: {found.stage}", align="left", style="quiet"), pairs(rows))
+
+
+VERDICTS = {
+    "better": ("good", "BETTER"),
+    "no_different": ("warn", "NO DIFFERENT"),
+    "worse": ("bad", "WORSE"),
+    "forgot": ("bad", "FORGOT"),
+    "unknown": ("quiet", "not judged"),
+}
+EXAMPLES_SHOWN = 3
+
+
+def evaluation(found: Evaluation) -> RenderableType:
+    """Draw what a training changed: the verdict, what it rests on, a few answers side by side."""
+    style, word = VERDICTS[found.verdict]
+    body: list[RenderableType] = [
+        Rule("Before and after", align="left", style="quiet"),
+        Text.assemble("Verdict: ", (word, style)),
+        bullets(found.evidence),
+    ]
+    if found.examples:
+        table = columns("Question", "Before", "After")
+        for example in found.examples[:EXAMPLES_SHOWN]:
+            table.add_row(*(Text(text) for text in example))
+        body.append(table)
+    return Group(*body)
 
 
 def matrix_bench(found: MatrixBench) -> RenderableType:

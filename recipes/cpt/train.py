@@ -23,8 +23,11 @@ if __name__ == "__main__" and not any(
 import torch
 from trl import SFTConfig
 
+from advisor.train.answers import read_template
+from advisor.train.evaluation import Evaluator
 from advisor.train.model import Ending, load_tokenizer
 from advisor.train.session import (
+    HELDOUT,
     Session,
     carry_out,
     leave,
@@ -53,6 +56,7 @@ def train(session: Session) -> int:
         events.write("warning", message="There is no earlier data to replay, so none is mixed in.")
     heldout = session.heldout(data.heldout, settings)
 
+    template = read_template(tokenizer, recipe.model.id) if tokenizer.chat_template else None
     model = open_model(session, settings, tokenizer, ending)
     trainer = AnswerTrainer(
         model=model,
@@ -75,6 +79,9 @@ def train(session: Session) -> int:
         tokenizer,
         settings,
         measure=lambda: heldout_figures(trainer, heldout, settings),
+        evaluator=Evaluator(
+            trainer, tokenizer, template, settings, model=recipe.model, rows=heldout, heldout=HELDOUT
+        ),
     )
 
 

@@ -23,9 +23,11 @@ if __name__ == "__main__" and not any(
 import torch
 from trl import KTOConfig
 
+from advisor.train.evaluation import Evaluator
 from advisor.train.pairs import marked_table, open_judged
 from advisor.train.preference import ReadyKtoTrainer, marked_figures
 from advisor.train.session import (
+    HELDOUT,
     Session,
     carry_out,
     leave,
@@ -64,7 +66,10 @@ def train(session: Session) -> int:
     if recipe.tuner != "full":
         trained_to_fp32(trainer.model)
     measure = marked_figures(trainer, data.heldout, settings, pad_id=ending.pad_id, beta=settings.beta)
-    return carry_out(session, trainer, tokenizer, settings, measure=measure)
+    evaluator = Evaluator(
+        trainer, tokenizer, template, settings, model=recipe.model, rows={}, heldout=HELDOUT
+    )
+    return carry_out(session, trainer, tokenizer, settings, measure=measure, evaluator=evaluator)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from trl import SFTConfig
 
 from advisor.storage import write_atomic
 from advisor.train.data import prepare
+from advisor.train.evaluation import Evaluator
 from advisor.train.parallel import is_first
 from advisor.train.session import (
     HELDOUT,
@@ -39,8 +40,8 @@ from advisor.train.session import (
     trainer_arguments,
 )
 from advisor.train.settings import SftSettings, read_settings
-from advisor.train.trainer import AnswerTrainer, heldout_figures, pad_multiple, virtual_tokens
-from advisor.train.tuners import trained_to_fp32
+from advisor.train.trainer import AnswerTrainer, heldout_figures, pad_multiple
+from advisor.train.tuners import trained_to_fp32, virtual_tokens
 
 
 def train(session: Session) -> int:
@@ -85,6 +86,9 @@ def train(session: Session) -> int:
         tokenizer,
         settings,
         measure=lambda: heldout_figures(trainer, heldout, settings),
+        evaluator=Evaluator(
+            trainer, tokenizer, template, settings, model=recipe.model, rows=heldout, heldout=HELDOUT
+        ),
     )
 
 

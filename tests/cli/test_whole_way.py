@@ -81,6 +81,7 @@ def test_demo_leaves_a_whole_run_folder(demo: tuple[Path, dict[str, object]]) ->
     assert report["measured_peak_bytes"] > 0
     assert report["predicted_peak_bytes"]["expected"] > 0
     assert report["heldout_loss_after"] < report["heldout_loss_before"]
+    assert report["evaluation"]["verdict"] == "better"
     page = (run / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
