@@ -749,6 +749,29 @@ class Export(Record, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
+class FileRow(Record, frozen=True, kw_only=True):
+    """One exported GGUF file beside the others; a figure that was not measured is None."""
+
+    path: str
+    quant: str
+    bytes: int
+    bits_per_weight: float
+    proved: bool | None
+    kl_mean: float | None
+    """Divergence from the trained model's next-token distribution, in nats."""
+    top1: float | None
+    """Share of positions with the same likeliest token."""
+    perplexity_change: float | None
+    """Of the text that was compared, as a share of the trained model's."""
+    tokens_per_second: float | None
+    """Generated on the machine that proved it."""
+    running_bytes: int
+    """File, key-value cache of the wanted context, overhead."""
+    fits: bool | None
+    """On the device that the goal names; None where it names none."""
+    recommended: bool = False
+
+
 class Check(Record, frozen=True, kw_only=True):
     """One comparison between the trained model and the file."""
 

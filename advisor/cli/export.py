@@ -12,10 +12,13 @@ from advisor.cli.output import notifier, print_json, print_text
 from advisor.errors import VerificationError
 from advisor.export import export_model
 from advisor.intake import own_cache_dir
+from advisor.knowledge import load
 from advisor.run.page import write_page
 from advisor.storage import read_record
-from advisor.types import Export, ExportPlan, Plan, Verification
+from advisor.types import Export, ExportPlan, FileRow, Plan, Verification
 from advisor.verify import heldout_rows, keep_proof, verify_gguf
+from advisor.verify.card import write_card
+from advisor.verify.table import file_table
 
 QUANT_HELP = (
     "F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, IQ4_XS, Q3_K_M; with commas. Default: what the plan of a "
@@ -30,6 +33,8 @@ class ExportAnswer(msgspec.Struct, frozen=True, kw_only=True):
     ok: bool
     export: Export
     verifications: tuple[Verification, ...]
+    table: tuple[FileRow, ...] = ()
+    """The GGUF files beside each other, one of them recommended."""
 
 
 @click.command()
@@ -92,15 +97,19 @@ def export_and_prove(
         on_progress=notify,
     )
     proofs = prove(made, source, offline=offline, quiet=as_json) if verify else ()
+    rows = file_table(made, proofs, _plan_of(source), load())
+    if rows:
+        card = write_card(Path(rows[0].path).parent, made, rows, proofs, _plan_of(source))
+        made = msgspec.structs.replace(made, files=(*made.files, card))
     passed = all(proof.passed for proof in proofs)
     if (source / "plan.json").is_file():
         write_page(source)
     if as_json:
-        print_json(ExportAnswer(ok=passed, export=made, verifications=proofs))
+        print_json(ExportAnswer(ok=passed, export=made, verifications=proofs, table=rows))
     else:
         from advisor.ui.render import export as draw
 
-        print_text(draw(made, proofs))
+        print_text(draw(made, proofs, rows))
     if not passed:
         if as_json:
             raise click.exceptions.Exit(1)
@@ -112,8 +121,8 @@ def export_and_prove(
 
 
 def _planned(source: Path) -> ExportPlan | None:
-    file = source / "plan.json"
-    return read_record(file, Plan).export if file.is_file() else None
+    plan = _plan_of(source)
+    return None if plan is None else plan.export
 
 
 def _usual_target(source: Path) -> str:
@@ -126,6 +135,11 @@ def _usual_quants(source: Path) -> str:
     """What the plan of a run folder chose; without one, a faithful file and a small one."""
     chosen = _planned(source)
     return chosen.quant if chosen and chosen.format == "gguf" and chosen.quant else "F16,Q4_K_M"
+
+
+def _plan_of(source: Path) -> Plan | None:
+    file = source / "plan.json"
+    return read_record(file, Plan) if file.is_file() else None
 
 
 def prove(made: Export, source: Path, *, offline: bool, quiet: bool) -> tuple[Verification, ...]:

@@ -117,7 +117,8 @@ def write_gguf(
     Args:
         path: The file.
         plan: Metadata and tensors.
-        merged: The weights; None leaves a hole in the file where they would be, to ask llama.cpp about it.
+        merged: The weights; None leaves a hole in the file where they would be, and the tokenizer out, to ask
+            llama.cpp about it.
         vocabulary: The tokenizer.
         quant: What the file says it is.
         types: Of each tensor, by its name in the file.
@@ -135,7 +136,8 @@ def write_gguf(
         writer.add_file_type(_file_type(quant))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_metadata(writer, plan)
-        add_vocabulary(writer, vocabulary)
+        if merged is not None:
+            add_vocabulary(writer, vocabulary)
         factors = factor_tensors(plan)
         for key, values in factors.items():
             writer.add_tensor_info(key, values.shape, values.dtype, values.nbytes, Type.F32)

@@ -11,6 +11,7 @@ import ctypes
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,15 @@ def inspect(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         model.eval(ids)
         arrays[str(number)] = np.array(model.scores[: len(ids)], dtype=np.float32)
     count, ends = request["greedy_tokens"], set(request["ends"])
-    answer["greedy"] = [_greedy(model, ids, count, ends) for ids in request["prompts"]]
+    answer["greedy"], seconds = [], 0.0
+    for ids in request["prompts"]:
+        model.reset()
+        model.eval(ids)
+        started = time.monotonic()
+        answer["greedy"].append(_greedy(model, count, ends))
+        seconds += time.monotonic() - started
+    evaluated = sum(len(tokens) - 1 for tokens in answer["greedy"])
+    answer["tokens_per_second"] = evaluated / seconds if evaluated else 0.0
     return answer, arrays
 
 
@@ -122,10 +131,8 @@ def _render(model: llama_cpp.Llama, conversation: dict[str, Any]) -> str | None:
         return None
 
 
-def _greedy(model: llama_cpp.Llama, ids: list[int], count: int, ends: set[int]) -> list[int]:
+def _greedy(model: llama_cpp.Llama, count: int, ends: set[int]) -> list[int]:
     """Continue by the likeliest token each, up to one of `ends`."""
-    model.reset()
-    model.eval(ids)
     found: list[int] = []
     while len(found) < count:
         token = int(np.argmax(model.scores[model.n_tokens - 1]))

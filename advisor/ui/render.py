@@ -20,6 +20,7 @@ from advisor.types import (
     DatasetProfile,
     Explanation,
     Export,
+    FileRow,
     Finding,
     Hardware,
     MemoryEstimate,
@@ -271,22 +272,38 @@ def side_by_side(rows: Iterable[tuple[str, str, str]]) -> RenderableType:
     return table
 
 
-def export(made: Export, proofs: Sequence[Verification]) -> RenderableType:
-    """Draw the files of an export and their proofs."""
+def export(made: Export, proofs: Sequence[Verification], rows: Sequence[FileRow] = ()) -> RenderableType:
+    """Draw the files of an export, their proofs, and the GGUF files beside each other."""
     by_name = {proof.gguf: proof for proof in proofs}
     table = columns("File", "Size", "Bits", "Proof", right=("Size", "Bits"))
     for file in made.files:
         proof = by_name.get(file.path)
-        state = Text("not checked", style="quiet")
+        state = Text("not checked" if file.kind == "gguf" else "", style="quiet")
         if proof is not None:
             state = Text("proved", style="good") if proof.passed else Text("FAILED", style="bad")
         bits = f"{file.bits_per_weight:.2f}" if file.bits_per_weight else ""
         table.add_row(file.path, format_bytes(file.bytes), bits, state)
     body: list[RenderableType] = [Rule("Export", align="left", style="quiet"), table]
+    if len(rows) > 1 or any(row.fits is not None for row in rows):
+        body += [Text(""), _file_rows(rows)]
     if made.notes:
         body.append(bullets(made.notes))
     body += [verification(proof) for proof in proofs]
     return Group(*body)
+
+
+def _file_rows(rows: Sequence[FileRow]) -> RenderableType:
+    """Draw what each quantisation costs, and which file to take."""
+    # Brings numpy along, which only an export has loaded anyway.
+    from advisor.verify.card import figures
+
+    names = ("KL", "Top-1", "Perplexity", "Tokens/s", "In memory")
+    table = columns("Quantisation", *names, "Fits", right=names)
+    for row in rows:
+        name = Text(f"{row.quant}, recommended" if row.recommended else row.quant)
+        fits = {True: Text("yes", style="good"), False: Text("no", style="bad"), None: Text("")}[row.fits]
+        table.add_row(name, *figures(row), format_bytes(row.running_bytes), fits)
+    return table
 
 
 def explanation(found: Explanation) -> RenderableType:

@@ -187,13 +187,13 @@ def _late(
     count = len(questions.texts)
     first, size = len(reference.prefix), rows - len(reference.prefix)
     got = [arrays[str(number)][first:, :size] for number in range(len(reference.sequences))]
-    logits = checks.logits(reference.logits, got, bounds)
+    logits = checks.logits(reference.logits, got, reference.sequences, bounds)
     tie = 2 * min(float(values["max_delta"] or 0.0) for values in (logits.measured, logits.bound))
     template = file.fields.get("tokenizer.chat_template")
     return (
         checks.token_ids(questions, reference, answer["token_ids"][:count]),
         logits,
-        checks.greedy_text(reference, answer["greedy"], bounds, tie),
+        checks.greedy_text(reference, answer["greedy"], bounds, tie, answer["tokens_per_second"]),
         checks.chat_template(
             questions,
             reference,

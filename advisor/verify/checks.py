@@ -166,11 +166,21 @@ def metadata(want: dict[str, Any], vocabulary: Vocabulary, file: Contents) -> Ch
     )  # fmt: skip
 
 
-def logits(reference: Logits, got: Logits, bounds: LogitBounds) -> Check:
-    """Compare next-token distributions at every position."""
+def logits(reference: Logits, got: Logits, sequences: Sequence[list[int]], bounds: LogitBounds) -> Check:
+    """Compare next-token distributions at every position, and how well both expect the text itself.
+
+    Args:
+        reference: Of the trained model, (positions, vocabulary) for each sequence.
+        got: Of the file.
+        sequences: Token ids of the same.
+        bounds: Of the quantisation.
+    """
     kls, deltas, same, deviations = [], [], [], []
-    for want, have in zip(reference, got, strict=True):
+    surprise = np.zeros(2)
+    for want, have, ids in zip(reference, got, sequences, strict=True):
         log_want, log_have = _log_softmax(want), _log_softmax(have)
+        following = (np.arange(len(ids) - 1), np.array(ids[1:], dtype=np.intp))
+        surprise -= (log_want[:-1][following].sum(), log_have[:-1][following].sum())
         kls.append((np.exp(log_want) * (log_want - log_have)).sum(-1))
         deltas.append(np.abs(want - have).max(-1))
         same.append(want.argmax(-1) == have.argmax(-1))
@@ -180,6 +190,7 @@ def logits(reference: Logits, got: Logits, bounds: LogitBounds) -> Check:
     measured = {
         "kl_mean": float(kl.mean()), "kl_max": float(kl.max()), "max_delta": float(delta.max()),
         "top1": float(top1.mean()), "positions": len(kl),
+        "perplexity_change": float(np.expm1((surprise[1] - surprise[0]) / max(1, len(kl) - len(sequences)))),
     }  # fmt: skip
     bound = {"kl_mean": bounds.kl_mean, "kl_max": bounds.kl_max, "max_delta": most_delta, "top1": bounds.top1}
     wrong = [f"{key} {measured[key]:.3g} > {bound[key]:.3g}" for key in ("kl_mean", "kl_max", "max_delta")
@@ -203,7 +214,13 @@ def _log_softmax(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))
 
 
-def greedy_text(reference: Reference, got: list[list[int]], bounds: LogitBounds, tolerance: float) -> Check:
+def greedy_text(
+    reference: Reference,
+    got: list[list[int]],
+    bounds: LogitBounds,
+    tolerance: float,
+    tokens_per_second: float,
+) -> Check:
     """Compare greedy continuations; a difference where the trained model itself hardly prefers is a tie."""
     wrong, ties, agreed, total = [], 0, 0, 0
     for want, gaps, have in zip(reference.greedy, reference.gaps, got, strict=True):
@@ -223,6 +240,9 @@ def greedy_text(reference: Reference, got: list[list[int]], bounds: LogitBounds,
     told += "" if bounds.exact_text else " (advisory for this quantisation)"
     return Check(
         name="greedy_text", passed=passed, evidence="; ".join([*wrong[:1], told]),
-        measured={"tokens": total, "alike": agreed, "ties": ties, "different": len(wrong)},
+        measured={
+            "tokens": total, "alike": agreed, "ties": ties, "different": len(wrong),
+            "tokens_per_second": round(tokens_per_second, 2),
+        },
         bound={"different": 0 if bounds.exact_text else None},
     )  # fmt: skip

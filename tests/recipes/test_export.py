@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from advisor.chat import ChatSession, answer_once, compare
+from advisor.cli.main import run
 from advisor.errors import AdvisorError, ExportError, InputError, ModelError, UsageError
 from advisor.export import export_model
 from advisor.export.native import run_llama
@@ -157,6 +158,32 @@ def test_merged_folder_loads_without_peft(adapters: dict[str, Path], tmp_path: P
     merged = Path(made.files[0].path).parent
     assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is False
     assert verify_gguf(_file(made, "F32"), against=merged).passed
+
+
+def test_command_compares_the_files_and_writes_a_card(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of the files is recommended by what was measured; the card beside them says the same."""
+    assert (
+        run(["export", str(models["llama-tied"]), "--quant", "F16,Q4_K_M", "--out", str(tmp_path), "--json"])
+        == 0
+    )
+    answer = json.loads(capsys.readouterr().out)
+    rows = {row["quant"]: row for row in answer["table"]}
+    assert [rows[quant]["recommended"] for quant in ("F16", "Q4_K_M")] == [True, False]
+    assert abs(rows["F16"]["perplexity_change"]) < abs(rows["Q4_K_M"]["perplexity_change"])
+    assert rows["F16"]["tokens_per_second"] > 1
+    card = (tmp_path / "README.md").read_text()
+    assert "**llama-tied-F16.gguf** (recommended)" in card
+    assert rows["Q4_K_M"]["path"].rpartition("/")[2] in card
+    assert answer["export"]["files"][-1]["kind"] == "card"
+    (tmp_path / "README.md").write_text("mine")
+    assert (
+        run(["export", str(models["llama-tied"]), "--quant", "F16", "--out", str(tmp_path), "--no-verify"])
+        == 0
+    )
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert "not verified" in (tmp_path / "MODEL_CARD.md").read_text()
 
 
 # --- faults planted into files -----------------------------------------------------------------------
@@ -311,12 +338,12 @@ def _broken(models: dict[str, Path], folder: Path, **config: Any) -> Path:
 
 def test_unusable_sources_are_refused(models: dict[str, Path], exported: Export, tmp_path: Path) -> None:
     """Each says what was given and what to do; nothing is left behind."""
-    run = tmp_path / "run"
-    run.mkdir()
+    empty = tmp_path / "run"
+    empty.mkdir()
     cases: list[tuple[Path, type[AdvisorError], str]] = [
         (tmp_path / "nowhere", InputError, "does not exist"),
         (_file(exported, "F16"), InputError, "GGUF file"),
-        (run, InputError, "neither a run folder"),
+        (empty, InputError, "neither a run folder"),
         (_broken(models, tmp_path / "b", new_field=3), ExportError, "new_field"),
         (_broken(models, tmp_path / "c", num_hidden_layers=3), ExportError, "missing"),
         (_broken(models, tmp_path / "d", num_hidden_layers=1), ExportError, "no place"),
