@@ -257,8 +257,9 @@ def _unreachable(error: Exception, repository: str, kind: Kind, *, offline: bool
             f"{' --repo-type dataset' if kind == 'dataset' else ''}; or give a local folder.",
             code="hub_offline",
         )
+    cause = "" if isinstance(error, errors.DryRunError) else f": {type(error).__name__}"
     return HubError(
-        f"The hub cannot be reached, or the download of {repository} broke off: {type(error).__name__}.",
+        f"The hub cannot be reached, or the download of {repository} broke off{cause}.",
         "Run the command again: complete files are kept. Fetched before? Add --offline. A folder works too.",
         code="hub_unreachable",
     )

@@ -34,6 +34,8 @@ class Question(Record, frozen=True, kw_only=True):
     default: str | bool = ""
     choices: tuple[Choice, ...] = ()
     required: bool = False
+    free: bool = False
+    """Any words will do: an answer that was questioned stands when it is not changed."""
     flag: str | None = None
     """The flag, where it is not `--key`; an empty text where only the wizard has it."""
 
@@ -65,6 +67,7 @@ QUESTIONS: tuple[Question, ...] = (
         why="Tone, facts, format or skill: each has another method, and some need none.",
         hint="In your own words.",
         kind="text",
+        free=True,
     ),
     Question(
         key="deploy",

@@ -77,7 +77,7 @@ def ask_all(
     Raises:
         KeyboardInterrupt: Ctrl-C, after the draft was saved.
     """
-    given = dict(answers)
+    given, refused = dict(answers), dict[str, Answer]()
     asked: list[Question] = []
     todo = [question for question in QUESTIONS if question.key not in given]
     console = make_console()
@@ -88,7 +88,8 @@ def ask_all(
         if question.hint:
             console.print(question.hint, style="quiet")
         try:
-            given[question.key] = _ask(question, given.get(question.key, defaults.get(question.key)))
+            before = given.get(question.key, defaults.get(question.key))
+            given[question.key] = _ask(question, before, refused.get(question.key))
             show(question.key, given)
         except _Back:
             if asked:
@@ -100,6 +101,8 @@ def ask_all(
         except AdvisorError as error:
             console.print(error.message, style="bad")
             console.print(error.remedy)
+            answer = given.pop(question.key, "")
+            refused[question.key] = answer if question.free else question.default
             continue
         asked.append(todo.pop(0))
     return given
@@ -128,6 +131,7 @@ def decide(plan: Plan, answers: dict[str, Answer]) -> Decision:
     titles += [("Show every setting and candidate", "all settings"), ("Change my answers", "change")]
     titles.append(("Stop; keep my answers", "stop"))
     choices = [questionary.Choice(title, value=value) for title, value in titles]
+    make_console().print(f"\n{plan.summary}", style="key")
     try:
         return _run(questionary.select("What now?", choices=choices, style=STYLE))  # type: ignore[no-any-return]
     except (_Back, KeyboardInterrupt):
@@ -143,7 +147,8 @@ def show_plan(plan: Plan, answers: dict[str, Answer], *, expert: bool) -> None:
     console.print(f"  {shlex.join(command_of(inputs_from(answers)))}", style="key", soft_wrap=True)
 
 
-def _ask(question: Question, before: Answer) -> Answer:
+def _ask(question: Question, before: Answer, refused: Answer) -> Answer:
+    """Ask one question; after a refused answer the line starts empty, and Enter gives `refused`."""
     default = question.default if before is None else before
     if question.kind == "confirm":
         return bool(_run(questionary.confirm(question.text, default=bool(default), style=STYLE)))
@@ -152,12 +157,12 @@ def _ask(question: Question, before: Answer) -> Answer:
         return str(
             _run(questionary.select(question.text, choices=choices, default=str(default), style=STYLE))
         )
-    text = str(default)
+    text = str(default) if refused is None else ""
     if question.kind == "path":
         prompt = questionary.path(question.text, default=text, style=STYLE)
     else:
         prompt = questionary.text(question.text, default=text, style=STYLE)
-    answer = str(_run(prompt)).strip()
+    answer = str(_run(prompt)).strip() or str(refused or "")
     if question.required and not answer:
         raise UsageError("This one is needed.", "Write a path such as data.jsonl, or press Ctrl-C to stop.")
     return answer
