@@ -27,6 +27,8 @@ class Inputs(Record, frozen=True, kw_only=True):
     """Paths or hub ids; `name=path` names a task."""
     earlier: tuple[str, ...] = ()
     """Data of what the model must not forget, given as `data` is."""
+    continue_from: str | None = None
+    """Folder of a finished run whose result is trained further."""
     goal: str = ""
     deploy: str = ""
     commercial: bool | None = None
@@ -72,9 +74,9 @@ def declared(inputs: Inputs, knowledge: Knowledge) -> Scenario:
     Raises:
         UsageError: the file is wrong, or --model or --data was given beside it.
     """
-    if inputs.data or inputs.earlier or inputs.model != "auto":
+    if inputs.data or inputs.earlier or inputs.continue_from or inputs.model != "auto":
         raise UsageError(
-            "--scenario declares model and data; --model, --data and --earlier cannot be added.",
+            "--scenario declares model and data; --model, --data, --earlier and --continue cannot be added.",
             "Put them into the scenario file, or leave --scenario away.",
         )
     content = read_yaml(

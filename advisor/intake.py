@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from advisor.errors import UsageError
+from advisor.earlier import read_finished
+from advisor.errors import RefusedError, UsageError
 from advisor.inputs import Inputs, declared
 from advisor.knowledge import Knowledge
 from advisor.probe.dataset import profile_dataset
@@ -39,6 +40,8 @@ def gather(inputs: Inputs, knowledge: Knowledge, notify: Notify) -> Scenario:
     """
     if inputs.scenario is not None:
         return declared(inputs, knowledge)
+    if inputs.continue_from is not None:
+        return _continued(inputs, knowledge, notify)
     notify("Looking at the machine")
     hardware = hardware_of(inputs, knowledge)
     notify("Looking at the model")
@@ -51,6 +54,49 @@ def gather(inputs: Inputs, knowledge: Knowledge, notify: Notify) -> Scenario:
         goal=_goal(inputs),
         overrides=inputs.settings,
     )
+
+
+def _continued(inputs: Inputs, knowledge: Knowledge, notify: Notify) -> Scenario:
+    """Return the scenario of a run that goes on from another one's result and keeps what that had learned.
+
+    Raises:
+        UsageError: a model was named beside it.
+        RefusedError: another tuner than that of the kept adapter was asked for.
+    """
+    if inputs.model != "auto":
+        raise UsageError(
+            "--continue takes the model of the earlier run; --model cannot be added.",
+            "Leave one of them away.",
+        )
+    alone = msgspec.structs.replace(inputs, continue_from=None)
+    folder = Path(str(inputs.continue_from))
+    model, method = _kept(folder, inputs)
+    case = gather(msgspec.structs.replace(alone, model=model, method=method), knowledge, notify)
+    finished = read_finished(folder, taken={profile.name for profile in case.datasets})
+    return msgspec.structs.replace(
+        case,
+        datasets=case.datasets + finished.profiles,
+        goal=msgspec.structs.replace(case.goal, model_state="own_sft", must_not_forget=True),
+        start=finished.start,
+    )
+
+
+def _kept(folder: Path, inputs: Inputs) -> tuple[str, str | None]:
+    """(model, method) with which an earlier run goes on."""
+    finished = read_finished(folder, taken=())
+    if finished.start.result == "model":
+        return str(folder / "model"), inputs.method
+    tuner, plan = finished.start.tuner, finished.plan
+    asked = (inputs.method or tuner).split("+")[0]
+    if asked != tuner and {asked, tuner} != {"lora", "qlora"}:
+        raise RefusedError(
+            f"The result of {folder} is an adapter ({tuner}); {asked} cannot go on with it.",
+            f"Leave --method away, or merge it first: ftadvisor export {folder} --to merged, then plan with "
+            "--model and that folder, and the old data as --earlier.",
+            code="cannot_continue",
+        )
+    assert plan.model is not None  # a plan that was trained has one
+    return plan.model.path or plan.model.id, inputs.method or tuner
 
 
 def profiles_of(inputs: Inputs, knowledge: Knowledge, notify: Notify) -> tuple[DatasetProfile, ...]:

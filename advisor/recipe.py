@@ -24,6 +24,7 @@ from advisor.types import (
     RecipeModel,
     RecipeParallel,
     Stage,
+    StartFrom,
 )
 
 HEADER = """\
@@ -31,6 +32,10 @@ HEADER = """\
 # The reason of every setting is in plan.json beside it.
 # Edit the settings and run it again: ftadvisor run FOLDER
 """
+
+
+EARLIER = "stages/0-earlier"
+"""In a run folder: the result of the run that is continued."""
 
 
 def recipes_of(plan: Plan, *, packages: Mapping[str, str], seed: int) -> tuple[Recipe, ...]:
@@ -66,9 +71,9 @@ def _recipe(number: int, plan: Plan, model: PlanModel, packages: Mapping[str, st
         program=stage.program, objective=stage.objective, tuner=plan.method,
         model=RecipeModel(
             id=model.id, path=model.path, revision=model.revision,
-            after=_before(number, plan.stages, marks=False),
+            after=_before(number, plan.stages, marks=False) or _start(plan),
         ),
-        datasets=tuple(_dataset(named[name]) for name in stage.datasets if name in named),
+        datasets=tuple(_dataset(named[name], plan.start) for name in stage.datasets if name in named),
         settings={**stage.settings, **({"reward_model": judge} if judge else {})}, seed=seed,
         parallel=None if plan.parallel == "none"
         else RecipeParallel(kind=plan.parallel, processes=plan.processes),
@@ -76,10 +81,16 @@ def _recipe(number: int, plan: Plan, model: PlanModel, packages: Mapping[str, st
     )  # fmt: skip
 
 
-def _dataset(profile: DatasetProfile) -> RecipeDataset:
+def _start(plan: Plan) -> str | None:
+    """Return where the adapter of an earlier run lies in the run folder."""
+    return EARLIER if plan.start is not None and plan.start.result == "adapter" else None
+
+
+def _dataset(profile: DatasetProfile, start: StartFrom | None) -> RecipeDataset:
     return RecipeDataset(
         name=profile.name, path=profile.path or "", kind=profile.kind, sha256=profile.sha256,
         mapping=profile.mapping, format=profile.format, role=profile.role,
+        untrained_loss=start.untrained_losses.get(profile.name) if start else None,
     )  # fmt: skip
 
 

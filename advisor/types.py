@@ -256,6 +256,18 @@ class UnderstoodGoal(Record, frozen=True, kw_only=True):
     """What was not said and had to be assumed."""
 
 
+class StartFrom(Record, frozen=True, kw_only=True):
+    """A finished run whose result is trained further."""
+
+    folder: str
+    result: Literal["adapter", "model"]
+    tuner: str
+    shape: dict[str, Value] = {}
+    """Settings that say what the adapter looks like; it keeps them."""
+    untrained_losses: dict[str, float] = {}
+    """Held-out loss of each of its datasets before that run had learned it, by the name it has now."""
+
+
 class Scenario(Record, frozen=True, kw_only=True):
     """Everything that planning needs, whether probed or declared."""
 
@@ -268,6 +280,8 @@ class Scenario(Record, frozen=True, kw_only=True):
     goal: Goal = Goal()
     overrides: dict[str, Value] = {}
     """`--set key=value`: obeyed, shown and warned about when outside the sourced range."""
+    start: StartFrom | None = None
+    """Set when an earlier run is continued."""
 
 
 # --- the estimate --------------------------------------------------------------------------------
@@ -463,6 +477,8 @@ class Plan(Record, frozen=True, kw_only=True):
     goal: Goal = Goal()
     processes: int = 1
     """How many devices `parallel` spreads over."""
+    start: StartFrom | None = None
+    """The earlier run that the first stage goes on from."""
 
 
 # --- the recipe ----------------------------------------------------------------------------------
@@ -479,6 +495,8 @@ class RecipeDataset(Record, frozen=True, kw_only=True):
     format: str | None = None
     role: Literal["train", "earlier_task"] = "train"
     """`earlier_task`: replayed in the share `replay_fraction`, and always measured."""
+    untrained_loss: float | None = None
+    """Of an earlier task: the held-out loss before an earlier run had learned it."""
 
 
 class RecipeModel(Record, frozen=True, kw_only=True):
@@ -714,6 +732,10 @@ class RunReport(Record, frozen=True, kw_only=True):
     heldout_figures: dict[str, dict[str, float]] = {}
     """Before and after: all that was measured on what was not trained on: loss, loss of each dataset,
     accuracy, margin, reward."""
+    kept: dict[str, float] = {}
+    """Of each earlier task, the share that is left of what an earlier run had learned, by held-out loss."""
+    forgotten: tuple[str, ...] = ()
+    """What was lost of earlier tasks beyond the limit, in words; then `ok` is false, though it is done."""
     supervised_tokens: int | None
     trainable_parameters: int | None
     artefacts: dict[str, str]

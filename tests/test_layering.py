@@ -14,7 +14,7 @@ LAYERS = {
     "explain": 2, "estimate": 2.0, "scenario": 2.1, "inputs": 2.2, "goals": 2.1,
     "recommend": 2.4, "plan": 2.6, "recipe": 2.8,
     "running": 2.9, "lora_files": 2.95, "prompt_cache": 2.95,
-    "intake": 3, "serve": 3, "run": 3, "export": 3, "verify": 3.5, "chat": 3,
+    "earlier": 2.9, "intake": 3, "serve": 3, "run": 3, "export": 3, "verify": 3.5, "chat": 3,
     "train": 3.9, "adapters": 3.95,
     "ui": 4, "cli": 5, "__main__": 6, "__init__": 0,
 }  # fmt: skip

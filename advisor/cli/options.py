@@ -46,6 +46,9 @@ _PLANNING = (
     click.option(
         "--earlier", multiple=True, help="Data of what must not be forgotten: replayed in part and measured."
     ),
+    click.option(
+        "--continue", "continue_from", type=FILE, help="Go on from a finished run: its result and its data."
+    ),
     click.option("--goal", default="", help="What you want, in your own words."),
     click.option("--deploy", default="", help="Where it must run afterwards, for example 'laptop, Ollama'."),
     click.option("--commercial/--no-commercial", default=None, help="Will it be used commercially?"),
@@ -72,7 +75,16 @@ def planning(command: Command) -> Command:
     return reduce(lambda inner, option: option(inner), reversed(_PLANNING), command)
 
 
-def inputs_of(*, settings: tuple[str, ...] = (), out: Path | None = None, **given: Any) -> Inputs:
+def inputs_of(
+    *,
+    settings: tuple[str, ...] = (),
+    out: Path | None = None,
+    continue_from: Path | None = None,
+    **given: Any,
+) -> Inputs:
     """Return the planning options as one record; `--set` texts are parsed."""
     parsed = dict(parse_setting(text) for text in settings)
-    return Inputs(settings=parsed, out=str(out) if out else None, **given)
+    return Inputs(
+        settings=parsed, out=str(out) if out else None,
+        continue_from=str(continue_from) if continue_from else None, **given,
+    )  # fmt: skip

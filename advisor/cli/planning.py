@@ -1,11 +1,12 @@
 """Writes a made plan as a run folder, or refuses to, with the reason.
 
 Goes in: a Plan. Comes out: the run folder, with a copy of what its recipes name beside the data: a file of
-reward code, a JSON schema. Never does: change the plan.
+reward code, a JSON schema, the adapter that is trained further. Never does: change the plan.
 """
 
 from __future__ import annotations
 
+import shutil
 from datetime import datetime
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import msgspec
 
 from advisor.errors import InputError, ModelError, RefusedError
 from advisor.probe.software import installed_packages
-from advisor.recipe import recipes_of
+from advisor.recipe import EARLIER, recipes_of
 from advisor.run.folder import create_run_folder, default_name
 from advisor.storage import write_atomic
 from advisor.types import Plan, Recipe, Scenario
@@ -85,6 +86,8 @@ def write_plan(plan: Plan, out: Path | None, now: datetime) -> Path:
     folder = create_run_folder(
         out or Path(default_name(plan, now)), plan, tuple(recipe for recipe, _ in found)
     )
+    if plan.start is not None and plan.start.result == "adapter":
+        shutil.copytree(Path(plan.start.folder) / "adapter", folder / EARLIER / "adapter")
     for _, code in found:
         if code is not None:
             write_atomic(folder / OWN_REWARD, code)

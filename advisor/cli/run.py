@@ -33,7 +33,10 @@ from advisor.types import RunReport
 def run(
     folder: Path, *, resume: bool, allow: tuple[str, ...], probe: bool | None, offline: bool, as_json: bool
 ) -> None:
-    """Train a planned run; Ctrl-C saves a checkpoint and stops, --resume goes on."""
+    """Train a planned run; Ctrl-C saves a checkpoint and stops, --resume goes on.
+
+    Exit 1 also when earlier tasks were forgotten beyond the limit; the result is kept all the same.
+    """
     report = train(folder, resume=resume, offline=offline, quiet=as_json, allowed=allow, probe=probe)
     if as_json:
         print_json(report)
@@ -43,7 +46,10 @@ def run(
         print_text(render.report(report))
         if report.evaluation is not None:
             print_text(measured.evaluation(report.evaluation))
-        print_text(f"Next: ftadvisor export {folder}")
+        again = "ftadvisor plan --continue EARLIER_RUN --data NEW, with a larger --set replay_fraction=..."
+        print_text(f"Next: {f'ftadvisor export {folder}' if report.ok else again}")
+    if not report.ok:
+        raise click.exceptions.Exit(1)
 
 
 def train(

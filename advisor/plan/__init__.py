@@ -22,7 +22,7 @@ from advisor.recommend import Advice, Option, advise, candidates_of
 from advisor.recommend.amount import stage_time
 from advisor.recommend.chains import REINFORCEMENT
 from advisor.recommend.fit import Fit, StageFit
-from advisor.recommend.situation import datasets_of, rule
+from advisor.recommend.situation import TEXT, datasets_of, rule
 from advisor.types import (
     ExportPlan,
     MemoryEstimate,
@@ -63,7 +63,7 @@ def make_plan(scenario: Scenario, knowledge: Knowledge) -> Plan:
         export=case.export, warnings=warnings_of(case, knowledge), alternatives=alternatives(case, knowledge),
         candidates=candidates_of(advice, knowledge), summary=summary(case, verdict, knowledge),
         assumptions=assumptions(case, knowledge), hardware=scenario.hardware,
-        datasets=situation.train + situation.earlier, goal=scenario.goal,
+        datasets=situation.train + situation.earlier, goal=scenario.goal, start=scenario.start,
     )  # fmt: skip
 
 
@@ -113,10 +113,11 @@ def _stages(
     stages, strange, over = [], [], ""
     for fitted in option.fit.stages:
         sheet, time = made[fitted.objective]
+        kept = own.keep_shape(sheet, advice.situation.scenario.start)
         strange += own.apply(sheet, fitted.objective, option.proposal, changes, knowledge)
         estimate = fitted.estimate
-        if changes:
-            fitted, estimate, time = _again(fitted, sheet, changes, option, advice, knowledge)
+        if changes or kept:
+            fitted, estimate, time = _again(fitted, sheet, {**kept, **changes}, option, advice, knowledge)
             over = over or _too_much(estimate, advice)
         stages.append(_stage(fitted, sheet, estimate, time, option, option.fit, advice, knowledge))
     return tuple(stages), tuple(strange), over
@@ -168,7 +169,7 @@ def _stage(
         parts[part.name] = parts.get(part.name, 0) + part.bytes
     names = [d.name for d in datasets_of(fitted.objective, advice.situation)]
     if "replay_fraction" in sheet.settings:
-        names += [d.name for d in advice.situation.earlier]
+        names += [d.name for d in advice.situation.earlier if fitted.objective == "cpt" or d.kind not in TEXT]
     return Stage(
         objective=fitted.objective, program=program_of(fitted.objective, option.proposal.facts, knowledge),
         settings=sheet.settings, why=sheet.why, datasets=tuple(names),

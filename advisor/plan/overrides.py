@@ -20,7 +20,7 @@ from advisor.programs import check_value
 from advisor.recommend.chains import REINFORCEMENT
 from advisor.recommend.gates import Proposal
 from advisor.recommend.situation import rule
-from advisor.types import MemorySettings, Objective, ProgramKey, Value
+from advisor.types import MemorySettings, Objective, ProgramKey, StartFrom, Value
 
 MEMORY_KEYS = {
     "micro_batch": "micro_batch", "lora_r": "lora_r", "gradient_checkpointing": "gradient_checkpointing",
@@ -147,6 +147,16 @@ def _follow(sheet: Sheet, chosen: Collection[str]) -> None:
             + (f" and of num_generations {group}." if group > 1 else "."),
             "Set them so that it is, or leave effective_batch away.",
         )
+
+
+def keep_shape(sheet: Sheet, start: StartFrom | None) -> dict[str, Value]:
+    """Let an adapter that is trained further keep its shape; return the settings that say so."""
+    shape = (
+        {} if start is None else {name: start.shape[name] for name in start.shape if name in sheet.settings}
+    )
+    for name, value in shape.items():
+        sheet.say(name, "kept_shape", value=value)
+    return shape
 
 
 def _same_kind(name: str, value: Value, advised: Value) -> Value:

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from advisor.errors import AdvisorError
-from advisor.types import Evaluation, Recipe, RunReport, StageEstimate
+from advisor.run.thresholds import ForgettingRules
+from advisor.types import Evaluation, Recipe, RecipeDataset, RunReport, StageEstimate
 
 Status = Literal["done", "failed", "interrupted", "refused"]
 
@@ -23,6 +24,7 @@ def build_report(
     estimate: StageEstimate | None,
     artefacts: dict[str, str],
     packages: dict[str, str],
+    limits: ForgettingRules,
     error: AdvisorError | None,
     evaluation: Evaluation | None = None,
 ) -> RunReport:
@@ -37,6 +39,7 @@ def build_report(
         estimate: what the plan predicted.
         artefacts: name -> path relative to the run folder.
         packages: installed versions.
+        limits: how much of earlier tasks may be lost.
         error: why it failed.
         evaluation: what the training changed.
     """
@@ -48,8 +51,10 @@ def build_report(
     peaks = [int(event["memory_bytes"]) for event in seen if event.get("memory_bytes")]
     probes = [event for event in seen if event["event"] == "probe"]
     probe: dict[str, Any] = probes[-1] if probes else {}
+    figures = {when: found for when in ("before", "after") if (found := _figures(seen, when))}
+    kept, forgotten = _kept(recipe, figures), _forgotten(recipe, figures, limits)
     return RunReport(
-        ok=status == "done",
+        ok=status == "done" and not forgotten,
         status=status,
         recipe_sha256=recipe_sha256,
         program=recipe.program,
@@ -68,6 +73,9 @@ def build_report(
         heldout_loss_before=heldout.get("before"),
         heldout_loss_after=heldout.get("after"),
         heldout_figures=figures_of_both(seen),
+        heldout_figures=figures,
+        kept=kept,
+        forgotten=forgotten,
         supervised_tokens=_latest(seen, "data", "supervised_tokens"),
         trainable_parameters=_latest(seen, "model", "trainable_parameters"),
         artefacts=artefacts,
@@ -82,6 +90,46 @@ def build_report(
 def figures_of_both(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return what was measured before and after on what is not trained on."""
     return {when: figures for when in ("before", "after") if (figures := _figures(events, when))}
+def _earlier(
+    recipe: Recipe, figures: dict[str, dict[str, float]]
+) -> list[tuple[RecipeDataset, float, float]]:
+    """Earlier tasks with their held-out loss before and after."""
+    before, after = (figures.get(when, {}) for when in ("before", "after"))
+    return [
+        (one, before[key], after[key])
+        for one in recipe.datasets
+        if one.role == "earlier_task" and (key := f"loss of {one.name}") in before and key in after
+    ]
+
+
+def _share(untrained: float | None, before: float, after: float) -> float | None:
+    """Share of what was learned that is left; None where it is not known how much that was."""
+    if untrained is None or untrained <= before:
+        return None
+    return (untrained - after) / (untrained - before)
+
+
+def _kept(recipe: Recipe, figures: dict[str, dict[str, float]]) -> dict[str, float]:
+    shares = {one.name: _share(one.untrained_loss, b, a) for one, b, a in _earlier(recipe, figures)}
+    return {name: round(share, 4) for name, share in shares.items() if share is not None}
+
+
+def _forgotten(
+    recipe: Recipe, figures: dict[str, dict[str, float]], limits: ForgettingRules
+) -> tuple[str, ...]:
+    """Say of which earlier tasks too much was lost."""
+    found = []
+    for one, before, after in _earlier(recipe, figures):
+        share = _share(one.untrained_loss, before, after)
+        words = f"The held-out loss of {one.name} rose from {before:.3f} to {after:.3f}"
+        if share is not None and share < limits.kept_at_least:
+            found.append(
+                f"{words}: {max(share, 0):.0%} of what was learned of it is left, and a success keeps "
+                f"{limits.kept_at_least:.0%}."
+            )
+        elif share is None and after > before * (1 + limits.loss_rise_at_most):
+            found.append(f"{words}, by more than {limits.loss_rise_at_most:.0%}.")
+    return tuple(found)
 
 
 def _figures(events: list[dict[str, Any]], when: str) -> dict[str, float]:

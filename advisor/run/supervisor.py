@@ -125,8 +125,9 @@ def _run_stage(job: Job, how: How, *, lock: FolderLock, on_event: OnEvent, ask: 
         error = _attempts(job, start, follower, lock=lock, told=told)
         status = _status(error)
         report = _report(job, status=status, error=error)
-        if status == "done" and (words := got_worse(report)):
-            events.write("warning", message=words)
+        if status == "done":
+            for words in filter(None, (got_worse(report), *report.forgotten)):
+                events.write("warning", message=words)
         events.write("end", status=status, seconds=round(time.monotonic() - started, 3))
         for event in reader.new_events():
             on_event(event)
@@ -227,6 +228,7 @@ def _report(job: Job, *, status: Status, error: AdvisorError | None) -> RunRepor
         events,
         job.recipe,
         recipe_sha256=job.recipe_sha256,
+        limits=thresholds_of(load().rules["policy"]).forgetting,
         status=status,
         estimate=job.estimate,
         artefacts=artefacts,

@@ -95,6 +95,13 @@ class MachineRules(_Sourced, frozen=True, kw_only=True):
     hot_degrees: float
 
 
+class ForgettingRules(_Sourced, frozen=True, kw_only=True):
+    """When too much of an earlier task was lost for a run to be a success."""
+
+    kept_at_least: float
+    loss_rise_at_most: float
+
+
 class Thresholds(Record, frozen=True, kw_only=True):
     """All of kb/rules/policy.toml."""
 
@@ -103,6 +110,7 @@ class Thresholds(Record, frozen=True, kw_only=True):
     loss: LossRules
     gradient: GradientRules
     heldout: HeldoutRules
+    forgetting: ForgettingRules
     reinforcement: ReinforcementRules
     preference: PreferenceRules
     machine: MachineRules

@@ -162,6 +162,8 @@ def command_of(inputs: Inputs) -> list[str]:
         words += ["--data", source]
     for source in inputs.earlier:
         words += ["--earlier", source]
+    if inputs.continue_from:
+        words += ["--continue", inputs.continue_from]
     if inputs.commercial is not None:
         words.append("--commercial" if inputs.commercial else "--no-commercial")
     if inputs.must_not_forget:
