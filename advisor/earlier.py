@@ -16,8 +16,6 @@ from advisor.errors import InputError, RefusedError
 from advisor.storage import read_record
 from advisor.types import DatasetProfile, Plan, Recipe, Record, RunReport, StartFrom, Value
 
-WHOLE = ("full", "bitfit", "osf")
-"""Tuners whose result is a whole model."""
 TRAINED_FURTHER = ("lora", "qlora", "ia3", "ln_tuning", "adapter")
 """Adapters that can be loaded and trained on."""
 SHAPE = ("lora_r", "lora_alpha", "use_rslora", "use_dora", "target", "bottleneck", "bottleneck_style")

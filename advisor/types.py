@@ -733,7 +733,7 @@ class RunReport(Record, frozen=True, kw_only=True):
     """Before and after: all that was measured on what was not trained on: loss, loss of each dataset,
     accuracy, margin, reward."""
     kept: dict[str, float] = {}
-    """Of each earlier task, the share that is left of what an earlier run had learned, by held-out loss."""
+    """Of each earlier task, the share that is left of what was learned: answers word for word, else loss."""
     forgotten: tuple[str, ...] = ()
     """What was lost of earlier tasks beyond the limit, in words; then `ok` is false, though it is done."""
     supervised_tokens: int | None
@@ -993,6 +993,8 @@ class TunerFacts(Record, frozen=True, kw_only=True):
     quantised_base: bool = False
     mergeable: bool = True
     needs_native_bias: bool = False
+    adds_bias_to: tuple[str, ...] = ()
+    """Model types that get biases of zero where they have none, since every part of the way knows them."""
     gradient_checkpointing: bool = True
     packing: bool = True
     program: str = ""

@@ -211,8 +211,8 @@ def measure(objective: str, tuner: str, steps: int, place: Path, data: dict[str,
             "resumed": resumes(whole, again, steps),
         }
         export = exported(whole)
-    except AdvisorError as problem:
-        return Row(objective=objective, tuner=tuner, problem=f"**failed**: {problem.message}")
+    except (AdvisorError, RuntimeError, ValueError) as problem:
+        return Row(objective=objective, tuner=tuner, problem=f"**failed**: {problem}")
     return Row(
         objective=objective, tuner=tuner, learning_rate=float(str(recipe.settings["learning_rate"])),
         figure=figure, before=found["before"][figure], after=after[figure], still=rest["after"][figure],

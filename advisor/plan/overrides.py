@@ -12,13 +12,14 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
-from advisor.errors import UnknownNameError, UsageError
+from advisor.errors import RefusedError, UnknownNameError, UsageError
 from advisor.knowledge import Knowledge
 from advisor.plan.learning_rate import rate_facts
 from advisor.plan.settings import Sheet, program_of
 from advisor.programs import check_value
 from advisor.recommend.chains import REINFORCEMENT
 from advisor.recommend.gates import Proposal
+from advisor.recommend.reasons import because
 from advisor.recommend.situation import rule
 from advisor.types import MemorySettings, Objective, ProgramKey, StartFrom, Value
 
@@ -88,6 +89,7 @@ def apply(
 
     Raises:
         UsageError: a value that the setting cannot have, or two that do not go together.
+        RefusedError: the tuner cannot do it.
     """
     strange: list[str] = []
     keys, chosen = _more_keys(objective, proposal, knowledge), set[str]()
@@ -99,6 +101,7 @@ def apply(
         value = _same_kind(name, value, advised) if advised is not None else _as_the_key(value, keys[name])
         if name in keys:
             check_value(name, value, keys[name], f"See: ftadvisor explain {name}")
+        _refuse_silently_wrong(name, value, proposal)
         if words := _outside(name, value, objective, proposal, knowledge):
             strange.append(words)
         if advised is None:
@@ -108,6 +111,32 @@ def apply(
         chosen.add(name)
     _follow(sheet, chosen)
     return strange
+
+
+def _refuse_silently_wrong(name: str, value: Value, proposal: Proposal) -> None:
+    """Refuse what a tuner cannot do, or would do wrong without a word.
+
+    Raises:
+        RefusedError: with what stands in its way, and what to do instead.
+    """
+    facts = proposal.facts
+    if name == "packing" and value is True and not facts.packing:
+        raise RefusedError(
+            f"packing does not go with {facts.title}: several rows in one sequence would share what each "
+            "needs for itself.",
+            "Leave --set packing=true away, or train with --method lora.",
+        )
+    if name == "gradient_checkpointing" and value is True and not facts.gradient_checkpointing:
+        raise RefusedError(
+            f"gradient_checkpointing does not go with {facts.title}: it hands its weights over in the cache.",
+            "Leave --set gradient_checkpointing=true away, or train with --method lora.",
+        )
+    if name == "weight_bits" and (value == 4) != facts.quantised_base:
+        raise RefusedError(
+            f"weight_bits={value} does not go with {facts.title}: on a base of 4 bits only QLoRA is trained, "
+            "and merged into the unquantised weights afterwards.",
+            "Leave --set weight_bits away, or train with --method qlora.",
+        )
 
 
 def _as_the_key(value: Value, facts: ProgramKey) -> Value:
@@ -202,7 +231,11 @@ def _outside(name: str, value: Value, objective: Objective, proposal: Proposal, 
         low, high = band
     if low <= value <= high:
         return ""
-    return f"{objective}: {name} = {value:g}, sources use {low:g} to {high:g}"
+    words = f"{objective}: {name} = {value:g}, sources use {low:g} to {high:g}"
+    if name == "learning_rate" and value < low and proposal.facts.group not in ("full", "lora"):
+        figures = {"title": proposal.facts.title, "rate": f"{low:g}"}
+        return f"{words}; {because(knowledge, 'setting', 'rate_too_low', **figures).reason}"
+    return words
 
 
 def memory_with(settings: MemorySettings, sheet: Sheet, changed: Iterable[str]) -> MemorySettings:

@@ -132,7 +132,8 @@ def _bias(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Obj
     shape = proposal.spec.shape
     if not proposal.facts.needs_native_bias or shape.attention_bias or shape.mlp_bias:
         return None
-    return object_to(knowledge, "no_bias_terms", hard=True, model=proposal.spec.id)
+    hard = proposal.spec.model_type not in proposal.facts.adds_bias_to
+    return object_to(knowledge, "no_bias_terms", hard=hard, model=proposal.spec.id)
 
 
 def _head(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from advisor.errors import AdvisorError
 from advisor.run.thresholds import ForgettingRules
-from advisor.types import Evaluation, Recipe, RecipeDataset, RunReport, StageEstimate
+from advisor.types import Evaluation, Recipe, RecipeDataset, Record, RunReport, StageEstimate
 
 Status = Literal["done", "failed", "interrupted", "refused"]
 
@@ -51,8 +51,9 @@ def build_report(
     peaks = [int(event["memory_bytes"]) for event in seen if event.get("memory_bytes")]
     probes = [event for event in seen if event["event"] == "probe"]
     probe: dict[str, Any] = probes[-1] if probes else {}
-    figures = {when: found for when in ("before", "after") if (found := _figures(seen, when))}
-    kept, forgotten = _kept(recipe, figures), _forgotten(recipe, figures, limits)
+    figures = figures_of_both(seen)
+    memories = _memories(recipe, figures, limits)
+    forgotten = tuple(one.words for one in memories.values() if not one.enough)
     return RunReport(
         ok=status == "done" and not forgotten,
         status=status,
@@ -72,9 +73,8 @@ def build_report(
         last_loss=last.get("loss"),
         heldout_loss_before=heldout.get("before"),
         heldout_loss_after=heldout.get("after"),
-        heldout_figures=figures_of_both(seen),
         heldout_figures=figures,
-        kept=kept,
+        kept={name: round(one.kept, 4) for name, one in memories.items() if one.kept is not None},
         forgotten=forgotten,
         supervised_tokens=_latest(seen, "data", "supervised_tokens"),
         trainable_parameters=_latest(seen, "model", "trainable_parameters"),
@@ -90,46 +90,54 @@ def build_report(
 def figures_of_both(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return what was measured before and after on what is not trained on."""
     return {when: figures for when in ("before", "after") if (figures := _figures(events, when))}
-def _earlier(
-    recipe: Recipe, figures: dict[str, dict[str, float]]
-) -> list[tuple[RecipeDataset, float, float]]:
-    """Earlier tasks with their held-out loss before and after."""
-    before, after = (figures.get(when, {}) for when in ("before", "after"))
-    return [
-        (one, before[key], after[key])
-        for one in recipe.datasets
-        if one.role == "earlier_task" and (key := f"loss of {one.name}") in before and key in after
-    ]
 
 
-def _share(untrained: float | None, before: float, after: float) -> float | None:
-    """Share of what was learned that is left; None where it is not known how much that was."""
-    if untrained is None or untrained <= before:
-        return None
-    return (untrained - after) / (untrained - before)
+class _Memory(Record, frozen=True, kw_only=True):
+    """What is left of one earlier task."""
+
+    words: str
+    kept: float | None
+    """Share that is left; None where it is not known how much had been learned."""
+    enough: bool
 
 
-def _kept(recipe: Recipe, figures: dict[str, dict[str, float]]) -> dict[str, float]:
-    shares = {one.name: _share(one.untrained_loss, b, a) for one, b, a in _earlier(recipe, figures)}
-    return {name: round(share, 4) for name, share in shares.items() if share is not None}
-
-
-def _forgotten(
+def _memories(
     recipe: Recipe, figures: dict[str, dict[str, float]], limits: ForgettingRules
-) -> tuple[str, ...]:
-    """Say of which earlier tasks too much was lost."""
-    found = []
-    for one, before, after in _earlier(recipe, figures):
-        share = _share(one.untrained_loss, before, after)
-        words = f"The held-out loss of {one.name} rose from {before:.3f} to {after:.3f}"
-        if share is not None and share < limits.kept_at_least:
-            found.append(
-                f"{words}: {max(share, 0):.0%} of what was learned of it is left, and a success keeps "
-                f"{limits.kept_at_least:.0%}."
-            )
-        elif share is None and after > before * (1 + limits.loss_rise_at_most):
-            found.append(f"{words}, by more than {limits.loss_rise_at_most:.0%}.")
-    return tuple(found)
+) -> dict[str, _Memory]:
+    """Return what is left of every earlier task that was measured before and after."""
+    before, after = (figures.get(when, {}) for when in ("before", "after"))
+    found = {}
+    for one in recipe.datasets:
+        loss, exact = f"loss of {one.name}", f"exact share of {one.name}"
+        if one.role != "earlier_task" or loss not in before or loss not in after:
+            continue
+        if before.get(exact, 0.0) >= limits.exact_from and exact in after:
+            found[one.name] = _by_words(one.name, before[exact], after[exact], limits)
+        else:
+            found[one.name] = _by_loss(one, before[loss], after[loss], limits)
+    return found
+
+
+def _by_words(name: str, before: float, after: float, limits: ForgettingRules) -> _Memory:
+    kept = after / before
+    words = (
+        f"Of {name}, {after:.0%} of the held-out answers are still written word for word, {before:.0%} were "
+        f"before: {kept:.0%} is left, and a success keeps {limits.kept_at_least:.0%}."
+    )
+    return _Memory(words=words, kept=kept, enough=kept >= limits.kept_at_least)
+
+
+def _by_loss(one: RecipeDataset, before: float, after: float, limits: ForgettingRules) -> _Memory:
+    words = f"The held-out loss of {one.name} rose from {before:.3f} to {after:.3f}"
+    if one.untrained_loss is None or one.untrained_loss <= before:
+        most = limits.loss_rise_at_most
+        return _Memory(
+            words=f"{words}, by more than {most:.0%}.", kept=None, enough=after <= before * (1 + most)
+        )
+    kept = (one.untrained_loss - after) / (one.untrained_loss - before)
+    least = limits.loss_kept_at_least
+    words = f"{words}: {max(kept, 0):.0%} of what it had fallen is left, and a success keeps {least:.1%}."
+    return _Memory(words=words, kept=kept, enough=kept >= least)
 
 
 def _figures(events: list[dict[str, Any]], when: str) -> dict[str, float]:

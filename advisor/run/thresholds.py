@@ -99,6 +99,8 @@ class ForgettingRules(_Sourced, frozen=True, kw_only=True):
     """When too much of an earlier task was lost for a run to be a success."""
 
     kept_at_least: float
+    exact_from: float
+    loss_kept_at_least: float
     loss_rise_at_most: float
 
 

@@ -105,7 +105,8 @@ def load_model(
             **more,
             **(_bias_switches(model) if biases else {}),
             revision=model.revision,
-            dtype=base_dtype(settings),
+            # A head is trained in 32 bits; without autocast what it reads must be so too.
+            dtype=torch.float32 if labels and settings.precision == "fp32" else base_dtype(settings),
             attn_implementation=ATTENTION[settings.attention],
             quantization_config=quantisation,
             device_map=local_device() if quantisation is not None and cuda and not sharded else None,

@@ -5,6 +5,7 @@ Goes in: tokenised rows with labels. Comes out: losses. Never does: tokenise, do
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ IGNORED = -100
 
 ENCODER = "prompt_encoder.safetensors"
 """In a checkpoint of p-tuning: the network that writes the virtual tokens."""
+MOST_EXACT = 200
 PAD_MULTIPLE = 32
 """Tokens. In bf16 on CPU every new row length makes the library compile and keep new kernels: over 150 steps
 of random lengths 1734 MiB and 24.6 CPU-seconds without, 889 MiB and 22.5 CPU-seconds with this padding (torch
@@ -102,10 +104,17 @@ def _loses_its_encoder(model: torch.nn.Module) -> bool:
 
 
 def heldout_figures(
-    trainer: AnswerTrainer, rows: dict[str, Dataset], settings: Settings
+    trainer: AnswerTrainer, rows: dict[str, Dataset], settings: Settings, *, remembered: Collection[str] = ()
 ) -> dict[str, float | None]:
-    """Return the mean loss over the trained tokens of all rows, and of each dataset where there are
-    several."""
+    """Return the mean loss over the trained tokens of all rows, and of each dataset where there are several.
+
+    Args:
+        trainer: holds the model.
+        rows: held out, by dataset.
+        settings: micro_batch and precision are read.
+        remembered: datasets of earlier tasks, of which is also told how many answers are still written word
+            for word: a loss hardly tells when only the first words of every answer are lost.
+    """
     losses, tokens = {}, {}
     for name, one in rows.items():
         loss = mean_token_loss(trainer, one, settings)
@@ -116,7 +125,37 @@ def heldout_figures(
         return {"loss": None}
     total = sum(losses[name] * tokens[name] for name in losses) / sum(tokens.values())
     each = {f"loss of {name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
-    return {"loss": total, **each}
+    exact: dict[str, float | None] = {
+        f"exact share of {name}": word_for_word(trainer, rows[name], settings)
+        for name in losses
+        if name in remembered
+    }
+    return {"loss": total, **each, **exact}
+
+
+def word_for_word(trainer: AnswerTrainer, rows: Dataset, settings: Settings) -> float:
+    """Return the share of rows whose answers the model, taking the likeliest token, writes as they are.
+
+    One row at a time and of long datasets the first `MOST_EXACT`, so that it takes little memory and time.
+    """
+    model = trainer.model
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    enabled = settings.precision != "fp32"
+    exact, few = 0, rows.select(range(min(len(rows), MOST_EXACT)))
+    with torch.no_grad(), torch.autocast(device.type, dtype=DTYPES[settings.precision], enabled=enabled):
+        for row in few:
+            batch = {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value
+                for name, value in trainer.data_collator([dict(row)]).items()
+            }
+            labels = batch.pop("labels")[0, 1:]
+            used = (labels != IGNORED).nonzero().squeeze(1)
+            logits = model(**batch, use_cache=False, logits_to_keep=used + trainer.virtual_tokens).logits
+            exact += int(torch.equal(logits[0].argmax(dim=-1), labels[used]))
+    model.train(was_training)
+    return exact / len(few)
 
 
 def mean_token_loss(trainer: AnswerTrainer, rows: Dataset | None, settings: Settings) -> float | None:

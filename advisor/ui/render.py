@@ -231,7 +231,7 @@ def report(made: RunReport) -> RenderableType:
         rows.append(("Memory, measured", f"{format_bytes(made.measured_peak_bytes)}{predicted}{longest}"))
     rows += [("Result", f"{name}: {path}") for name, path in made.artefacts.items()]
     rows += [
-        ("Kept of " + name, f"{share:.0%} (held-out loss, measured)") for name, share in made.kept.items()
+        ("Kept of " + name, f"{share:.0%} (on held-out rows, measured)") for name, share in made.kept.items()
     ]
     rows += [("Decision", text) for text in made.decisions]
     rows += [("No success", text) for text in made.forgotten]

@@ -63,6 +63,7 @@ def train(session: Session) -> int:
         args=SFTConfig(
             **trainer_arguments(recipe, settings),
             packing=settings.packing,
+            packing_strategy="bfd",
             max_length=settings.max_seq_len,
             pad_to_multiple_of=pad_multiple(settings),
             dataset_kwargs={"skip_prepare_dataset": not settings.packing},

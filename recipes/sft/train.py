@@ -68,6 +68,7 @@ def train(session: Session) -> int:
         args=SFTConfig(
             **trainer_arguments(recipe, settings),
             packing=settings.packing,
+            packing_strategy="bfd",
             max_length=settings.max_seq_len,
             pad_to_multiple_of=pad_multiple(settings),
             dataset_kwargs={"skip_prepare_dataset": not settings.packing},
@@ -80,12 +81,13 @@ def train(session: Session) -> int:
     if recipe.tuner != "full":
         trained_to_fp32(trainer.model)
 
+    earlier = {one.name for one in recipe.datasets if one.role == "earlier_task"}
     return carry_out(
         session,
         trainer,
         tokenizer,
         settings,
-        measure=lambda: heldout_figures(trainer, heldout, settings),
+        measure=lambda: heldout_figures(trainer, heldout, settings, remembered=earlier),
         evaluator=Evaluator(
             trainer, tokenizer, template, settings, model=recipe.model, rows=heldout, heldout=HELDOUT
         ),

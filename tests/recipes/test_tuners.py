@@ -9,16 +9,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from advisor.errors import RefusedError, UnknownNameError
 from advisor.estimate.memory import trainable_parameters
+from advisor.export import export_model
 from advisor.knowledge import load
 from advisor.probe.model import read_model
-from advisor.storage import read_record
+from advisor.recipe import check
+from advisor.storage import encode_yaml, read_record
 from advisor.types import MemorySettings, Recipe
+from advisor.verify import verify_gguf
 from tiny import make_tiny_model
 from training import events_of, make_run, rows, run_here, write_rows
 
@@ -28,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from advisor.train import bottleneck  # noqa: E402
 from advisor.train.settings import SftSettings, read_settings  # noqa: E402
+from advisor.train.tuners import prepare_model  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -242,6 +247,47 @@ def test_what_would_be_silently_wrong_cannot_be_run(
     with pytest.raises(RefusedError, match=word) as caught:
         read_settings(recipe, SftSettings, cuda=False)
     assert caught.value.remedy
+
+
+def test_added_biases_are_exported(done: Any, tmp_path: Path) -> None:
+    """A Llama has none of its own; those that were added at zero and trained are in the proved file."""
+    made = export_model(done("bitfit").folder, quants=("F16",), out=tmp_path, offline=True)
+    file = next(tmp_path / Path(one.path).name for one in made.files if one.kind == "gguf")
+    assert verify_gguf(file, against=done("bitfit").folder).passed
+
+
+def test_a_tuner_that_never_prunes_is_not_trained(done: Any, tiny_model: Path) -> None:
+    """AdaLoRA's ranks are never cut by these trainers: no program takes it, nor would it be prepared."""
+    recipe = read_record(done("rslora").folder / "recipe.yaml", Recipe)
+    adalora = msgspec.structs.replace(recipe, tuner="adalora")
+    with pytest.raises(UnknownNameError, match="adalora"):
+        check(adalora, load().programs["sft"])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    settings = read_settings(recipe, SftSettings, cuda=False)
+    with pytest.raises(UnknownNameError, match="adalora"):
+        prepare_model(model, "adalora", settings, tokenizer=None)
+
+
+def test_packed_rows_do_not_see_each_other(tiny_model: Path, data_file: Path, tmp_path: Path) -> None:
+    """Rows packed into one sequence have the loss that they have alone; a recipe cannot ask for the kind of
+    packing that cuts them into each other."""
+    losses = []
+    for packing in (True, False):
+        folder = make_run(
+            tmp_path / str(packing), tuner="full", model=tiny_model, data=data_file, packing=packing,
+            micro_batch=1 if packing else 6, effective_batch=1 if packing else 6, max_steps=1,
+            max_seq_len=480, heldout_fraction=0.0, learning_rate=0.0,
+        )  # fmt: skip
+        recipe = read_record(folder / "recipe.yaml", Recipe)
+        few = write_rows(tmp_path / f"{packing}.jsonl", rows(6))
+        only = msgspec.structs.replace(recipe.datasets[0], path=str(few))
+        (folder / "recipe.yaml").write_bytes(encode_yaml(msgspec.structs.replace(recipe, datasets=(only,))))
+        assert run_here(folder) == 0, events_of(folder, "error")
+        losses.append(events_of(folder, "step")[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    wrapped = msgspec.structs.replace(recipe, settings={**recipe.settings, "packing_strategy": "wrapped"})
+    with pytest.raises(UnknownNameError, match="packing_strategy"):
+        check(wrapped, load().programs["sft"])
 
 
 def test_bitfit_without_biases_is_refused(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
-from advisor.errors import KnowledgeError, UnknownNameError, UsageError
+from advisor.errors import KnowledgeError, RefusedError, UnknownNameError, UsageError
 from advisor.knowledge import load
 from advisor.plan import make_plan
 from advisor.plan.warn import CHECKS
@@ -282,6 +284,53 @@ def test_what_the_program_would_not_read_is_refused(overrides: dict[str, object]
     with pytest.raises(UsageError) as caught:
         plan(rows(), overrides=overrides)
     assert named in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "named"),
+    [
+        ("prompt_tuning", {"packing": True}, "packing"),
+        ("p_tuning", {"packing": True}, "packing"),
+        ("prefix_tuning", {"packing": True}, "packing"),
+        ("classifier_head", {"packing": True}, "packing"),
+        ("prefix_tuning", {"gradient_checkpointing": True}, "cache"),
+        ("ia3", {"weight_bits": 4}, "unquantised"),
+        ("lora", {"weight_bits": 4}, "QLoRA"),
+        ("qlora", {"weight_bits": 16}, "QLoRA"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_never_planned(
+    method: str, overrides: dict[str, object], named: str
+) -> None:
+    """Refused with the reason and another way, and not what the plan chooses by itself."""
+    data = rows("classification", classes=90) if method == "classifier_head" else rows()
+    options: dict[str, Any] = {
+        "model": "Qwen/Qwen2.5-0.5B-Instruct",
+        "requested_method": method,
+        "force": True,
+    }
+    free = plan(data, **options)
+    assert free.method == method
+    assert all(free.stages[0].settings.get(name) != value for name, value in overrides.items())
+    with pytest.raises(RefusedError, match=named) as caught:
+        plan(data, overrides=overrides, **options)
+    assert "--method" in caught.value.remedy
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "ia3", "p_tuning"])
+def test_a_rate_of_lora_is_warned_about_where_few_weights_learn(method: str) -> None:
+    """Soft prompts and IA3 learn next to nothing at it, without an error; the plan's own rate is another."""
+    options: dict[str, Any] = {
+        "model": "Qwen/Qwen2.5-0.5B-Instruct",
+        "requested_method": method,
+        "force": True,
+    }
+    assert "override_out_of_range" not in codes(plan(rows(), **options))
+    rate = 5e-5 if method == "p_tuning" else 1e-5 if method == "prefix_tuning" else 1e-4
+    made = plan(rows(), overrides={"learning_rate": rate}, **options)
+    assert made.stages[0].settings["learning_rate"] == rate
+    told = next(one.message for one in made.warnings if one.code == "override_out_of_range")
+    assert "next to nothing" in told
 
 
 def test_the_batches_move_together() -> None:

@@ -299,9 +299,11 @@ def test_bitfit_needs_biases() -> None:
 
 
 def test_force_cannot_do_the_impossible() -> None:
-    """BitFit on a model without biases stays refused."""
-    made = plan(rows(), model=LLAMA_8B, requested_method="bitfit", force=True)
+    """BitFit on a model without biases, which could not be loaded with some either, stays refused."""
+    made = plan(rows(), model="Qwen/Qwen3-8B", requested_method="bitfit", force=True)
     assert made.method == "lora"
+    added = plan(rows(), model="meta-llama/Llama-3.2-3B-Instruct", requested_method="bitfit", force=True)
+    assert added.method == "bitfit"
 
 
 def test_prompt_tuning_is_for_very_large_models() -> None:
