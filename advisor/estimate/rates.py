@@ -33,6 +33,8 @@ class Rate(Record, frozen=True, kw_only=True):
     """For each byte that a block keeps for its backward pass: what is not a matrix product."""
     logit_seconds: float = 0.0
     """For each logit of a loss in tiles, beyond its matrix product."""
+    link: float = 1.0
+    """Bytes a second between two devices of one machine."""
     low: float
     high: float
     """Factors of the band."""
@@ -86,10 +88,33 @@ def rate(
         bytes=(bandwidth or facts["unknown_gb_per_s"]) * 1e9 * facts["bandwidth_share"],
         overhead_seconds=layer * plan.blocks,
         token_seconds=facts["token_layer_seconds"] * plan.blocks,
+        link=_link(accelerator, rules["link"]),
         low=low,
         high=high,
         notes=notes,
     )
+
+
+def _link(accelerator: AcceleratorFacts | None, facts: Mapping[str, Any]) -> float:
+    """Bytes a second between devices: fast links by the form in the name, else the bus of the machine."""
+    name = accelerator.name.lower() if accelerator else ""
+    fast = any(word in name for word in facts["fast_names"])
+    return float(facts["fast_gb_per_s" if fast else "bus_gb_per_s"]) * 1e9
+
+
+def gather_seconds(plan: Layout, settings: MemorySettings, device: Rate) -> float:
+    """Seconds of one micro batch that fetching the shards of the others takes, forward and backward."""
+    if settings.shard == "none" or settings.gpus < 2:
+        return 0.0
+    weights = plan.blocks * plan.block_weights * settings.weight_bits / 8
+    return 2 * weights * (settings.gpus - 1) / settings.gpus / device.link
+
+
+def reduce_seconds(settings: MemorySettings, device: Rate, trainable: int) -> float:
+    """Seconds of one optimizer step that averaging the gradients of all devices takes."""
+    if settings.gpus < 2:
+        return 0.0
+    return 2 * trainable * trained_bytes(settings) * (settings.gpus - 1) / settings.gpus / device.link
 
 
 def _processor(settings: MemorySettings, hardware: Hardware, facts: Mapping[str, Any]) -> Rate:

@@ -75,11 +75,16 @@ def estimate_time(
     micro = work / device.flops + device.overhead_seconds
     micro += rates.dequantise_seconds(plan, settings, device, rules)
     micro += rates.elementwise_seconds(spec, plan, settings, device, tokens=computed)
+    micro = max(
+        micro, rates.gather_seconds(plan, settings, device)
+    )  # fetched while the block before computes
     forward = micro * rules["run"]["forward_share"] / max(settings.micro_batch, 1)
     measured = min(evaluations, 2 + steps // rules["run"]["steps_between_evaluations"])
     passes = measured * heldout_rows + rules["run"]["reference_passes"].get(settings.objective, 0) * rows
     second = micro_steps * micro
-    second += rates.optimizer_seconds(settings, device, rules, count(spec, plan, settings))
+    trainable = count(spec, plan, settings)
+    second += rates.optimizer_seconds(settings, device, rules, trainable)
+    second += rates.reduce_seconds(settings, device, trainable)
     notes = list(device.notes)
     if settings.objective in ONLINE:
         stored = settings.weight_bits / 8 * plan.parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import settings as budget
@@ -50,6 +51,18 @@ def seconds(
 def test_steps(rows: int, epochs: float, batch: int, limit: int | None, steps: int) -> None:
     """Batches are rounded up in every epoch; max_steps counts, whatever the epochs say."""
     assert seconds(rows=rows, epochs=epochs, effective_batch=batch, max_steps=limit).steps == steps
+
+
+def test_shards_are_fetched_over_the_link() -> None:
+    """Two sharded cards on a slow bus take more than half the time of one, on a fast link about half."""
+    bus = A100
+    fast = msgspec.structs.replace(A100, name="A100 SXM")
+    two = MemorySettings(gpus=2, shard="fsdp", seq_len=512)
+    one = seconds(settings=MemorySettings(seq_len=512), accelerator=bus).seconds_per_step.expected
+    slow = seconds(settings=two, accelerator=bus).seconds_per_step.expected
+    quick = seconds(settings=two, accelerator=fast).seconds_per_step.expected
+    assert quick < 0.6 * one
+    assert slow > quick * 1.2
 
 
 def test_packing_joins_rows_into_fewer_sequences() -> None:
