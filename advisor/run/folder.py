@@ -14,6 +14,8 @@ from pathlib import Path
 from advisor.errors import RefusedError
 from advisor.recipe import encode
 from advisor.run.devices import device_files
+from advisor.run.events import read_events
+from advisor.run.lock import is_locked
 from advisor.storage import read_record, write_atomic, write_json
 from advisor.types import Plan, Recipe, Record, RunReport
 
@@ -26,7 +28,7 @@ class RunState(Record, frozen=True, kw_only=True):
     method: str
     objectives: tuple[str, ...]
     status: str
-    """planned, running or unfinished, done, failed, interrupted, refused."""
+    """planned, running, unfinished (it was killed), done, failed, interrupted, refused."""
     steps: int = 0
     steps_planned: int | None = None
     last_loss: float | None = None
@@ -100,20 +102,20 @@ def read_state(folder: Path) -> RunState:
     plan = read_record(folder / "plan.json", Plan, remedy=f"Plan again, or remove {folder}.")
     report_file = folder / "report.json"
     report = read_record(report_file, RunReport) if report_file.is_file() else None
-    started = (folder / "events.jsonl").is_file()
-    result = next((name for name in ("adapter", "model") if report and name in report.artefacts), "")
+    events = list(read_events(folder / "events.jsonl"))
+    steps = [event for event in events if event["event"] == "step"]
+    last = steps[-1] if steps else {}
+    # A run that was killed, or that goes on again, has said more since its last report.
+    over = report is not None and bool(events) and events[-1]["event"] == "end"
+    told = report.status if report is not None and over else "unfinished" if events else "planned"
     return RunState(
         folder=str(folder),
         model=plan.model.id if plan.model else "",
         method=plan.method,
         objectives=tuple(stage.objective for stage in plan.stages),
-        status=report.status if report else "unfinished" if started else "planned",
-        steps=report.steps if report else 0,
-        steps_planned=report.steps_planned if report else None,
-        last_loss=report.last_loss if report else None,
-        result=result,
-        result_bytes=sum(file.stat().st_size for file in (folder / result).glob("*") if file.is_file())
-        if result
-        else 0,
+        status="running" if is_locked(folder) else told,
+        steps=int(last.get("step", 0)),
+        steps_planned=int(last["total"]) if last else None,
+        last_loss=last.get("loss"),
         gguf_files=tuple(str(path) for path in sorted(folder.glob("export/*.gguf"))),
     )

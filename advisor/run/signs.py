@@ -69,6 +69,8 @@ class RunState(Record, frozen=True, kw_only=True):
     tokens: int = 0
     fastest: tuple[float, ...] = ()
     """Seconds a token (a step, where tokens are not counted) of the fastest steps, sorted."""
+    shortest: tuple[float, ...] = ()
+    """Seconds of the shortest steps, sorted."""
     slow: int = 0
     checkpoint_bytes: int = 0
     disk_low: bool = False
@@ -219,11 +221,16 @@ def _pace(state: RunState, event: Event, rules: Thresholds) -> RunState:
     if seconds is None or state.steps_seen <= 1 or new < 0:
         return state
     pace = seconds / max(new, 1)
-    limit = statistics.median(state.fastest) * rules.machine.slow_factor if state.fastest else math.inf
+    # A short row is slow by the token, a long one by the step; only what is slow by both is slow.
+    slow = all(
+        len(best) == BEST_STEPS and now > statistics.median(best) * rules.machine.slow_factor
+        for best, now in ((state.fastest, pace), (state.shortest, seconds))
+    )
     return msgspec.structs.replace(
         state,
         fastest=tuple(sorted((*state.fastest, pace))[:BEST_STEPS]),
-        slow=state.slow + 1 if len(state.fastest) == BEST_STEPS and pace > limit else 0,
+        shortest=tuple(sorted((*state.shortest, seconds))[:BEST_STEPS]),
+        slow=state.slow + 1 if slow else 0,
     )
 
 

@@ -30,6 +30,7 @@ from advisor.errors import (
     UnknownNameError,
 )
 from advisor.run.events import read_events
+from advisor.run.folder import read_state
 from advisor.run.lock import FolderLock
 from advisor.run.policy import Action
 from advisor.run.supervisor import run_plan
@@ -614,3 +615,23 @@ def _wait_for(folder: Path, name: str) -> dict[str, Any]:
                 return event
         time.sleep(0.05)
     raise AssertionError(f"no event {name!r}")
+
+
+def test_a_killed_run_is_listed_with_its_steps(stage: Stage) -> None:
+    """What the events say is shown, whatever an earlier report says; a living run is called running."""
+    folder = stage.program("step(1); step(2, loss=0.5); time.sleep(60)")
+    supervisor = _run_elsewhere(stage, folder)
+    _wait_for(folder, "step")
+    write_json(folder / "plan.json", plan(planned_rows(), model="Qwen/Qwen3-8B"))
+    deadline = time.monotonic() + 20
+    while read_state(folder).steps < 2:
+        assert time.monotonic() < deadline
+    assert read_state(folder).status == "running"
+    pid = _wait_for(folder, "start")["pid"]
+    supervisor.kill()
+    supervisor.wait()
+    os.killpg(pid, signal.SIGKILL)
+    while read_state(folder).status == "running":
+        assert time.monotonic() < deadline
+    state = read_state(folder)
+    assert (state.status, state.steps, state.steps_planned, state.last_loss) == ("unfinished", 2, 5, 0.5)
