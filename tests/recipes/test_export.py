@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -246,6 +247,9 @@ def _other_context(reader: gguf.GGUFReader) -> None:
         ("F16", _other_template, {"chat_template"}),
         ("F16", _other_type, {"special_tokens"}),
         ("F16", _other_context, {"metadata"}),
+        ("Q4_K_M", _other_end, {"special_tokens"}),
+        ("Q4_K_M", _other_template, {"chat_template"}),
+        ("Q4_K_M", _other_type, {"special_tokens"}),
     ],
 )
 def test_planted_fault_is_caught(
@@ -269,19 +273,21 @@ def test_wrong_pre_tokenizer_is_caught(models: dict[str, Path], tmp_path: Path) 
     data = json.loads((other / "tokenizer.json").read_text())
     donor = json.loads((models["llama-untied"] / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps({**data, "pre_tokenizer": donor["pre_tokenizer"]}))
-    made = export_model(other, quants=("F16",))
-    assert {"token_ids", "metadata"} <= _failed(verify_gguf(_file(made, "F16"), against=models["llama-tied"]))
+    for file in export_model(other, quants=("F16", "Q4_K_M")).files:
+        proof = verify_gguf(Path(file.path), against=models["llama-tied"])
+        assert {"token_ids", "metadata"} <= _failed(proof), file.quant
 
 
 def test_bias_dropped_is_caught(models: dict[str, Path], tmp_path: Path) -> None:
     """A bias of nothing but zeros hides in four bits' logits, not from the tensors."""
-    made = export_model(models["qwen2"], quants=("Q4_K_M",), out=tmp_path)
+    made = export_model(models["qwen2"], quants=("F16", "Q4_K_M"), out=tmp_path)
 
     def drop(reader: gguf.GGUFReader) -> None:
         _tensor(reader, "blk.0.attn_k.bias")[:] = 0
 
-    bad = _patched(_file(made, "Q4_K_M"), tmp_path / "bad.gguf", drop)
-    assert "tensors" in _failed(verify_gguf(bad, against=models["qwen2"]))
+    for quant in ("F16", "Q4_K_M"):
+        bad = _patched(_file(made, quant), tmp_path / "bad.gguf", drop)
+        assert "tensors" in _failed(verify_gguf(bad, against=models["qwen2"])), quant
 
 
 def test_adapter_scaled_wrongly_is_caught(adapters: dict[str, Path], tmp_path: Path) -> None:
@@ -309,8 +315,8 @@ def test_adapter_on_the_wrong_base_is_caught(adapters: dict[str, Path], tmp_path
     config = json.loads((wrong / "adapter_config.json").read_text())
     other = make_tiny_model(tmp_path / "other", seed=7)
     (wrong / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(other)}))
-    made = export_model(wrong, quants=("F16",))
-    assert {"tensors", "logits"} <= _failed(verify_gguf(_file(made, "F16"), against=adapters["plain"]))
+    for file in export_model(wrong, quants=("F16", "Q4_K_M")).files:
+        assert {"tensors", "logits"} <= _failed(verify_gguf(Path(file.path), against=adapters["plain"]))
     larger = make_tiny_model(tmp_path / "larger", hidden=512)
     (wrong / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(larger)}))
     with pytest.raises(ModelError, match="another base"):
@@ -320,10 +326,11 @@ def test_adapter_on_the_wrong_base_is_caught(adapters: dict[str, Path], tmp_path
 def test_truncated_file_is_caught(exported: Export, models: dict[str, Path], tmp_path: Path) -> None:
     """A file cut short fails its verification instead of crashing it."""
     bad = tmp_path / "bad.gguf"
-    bad.write_bytes(_file(exported, "F16").read_bytes()[:-100_000])
-    proof = verify_gguf(bad, against=models["llama-tied"])
-    assert not proof.passed
-    assert "cut short" in proof.checks[0].evidence
+    for quant in ("F16", "Q4_K_M"):
+        bad.write_bytes(_file(exported, quant).read_bytes()[:-100_000])
+        proof = verify_gguf(bad, against=models["llama-tied"])
+        assert not proof.passed
+        assert "cut short" in proof.checks[0].evidence
 
 
 # --- inputs that cannot work, disks that fill, interruptions -------------------------------------------
@@ -388,6 +395,29 @@ def test_interruption_leaves_the_old_file(models: dict[str, Path], tmp_path: Pat
         export_model(models["llama-tied"], quants=("Q4_K_M",), out=tmp_path, on_progress=interrupt)
     assert old.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [old]
+
+
+def test_killed_export_leaves_no_half_file(models: dict[str, Path], tmp_path: Path) -> None:
+    """After SIGKILL in the middle of a file its name is free, and the next export writes it whole."""
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from advisor.export import export_model, gguf_file\n"
+        "write = gguf_file._Stream.tofile\n"
+        "def killed(self, file):\n"
+        "    write(self, file); file.flush()\n"
+        "    if 'blk.0' in self.tensor.name: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "gguf_file._Stream.tofile = killed\n"
+        "export_model(Path(sys.argv[1]), quants=('F16',), out=Path(sys.argv[2]))\n"
+    )
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ["PYTHONPATH"]])}
+    command = [sys.executable, "-c", code, str(models["llama-tied"]), str(tmp_path)]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert not list(tmp_path.glob("*.gguf"))
+    assert [path.stat().st_size > 0 for path in tmp_path.iterdir()] == [True]
+    made = export_model(models["llama-tied"], quants=("F16",), out=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {Path(made.files[0].path).name, "export.json"}
+    assert verify_gguf(Path(made.files[0].path), against=models["llama-tied"]).passed
 
 
 def test_full_disk_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> None:
