@@ -197,6 +197,7 @@ def report(compared: list[Compared], skipped: dict[str, int], sources: list[dict
     ]
     groups = dict.fromkeys(row.group for row in compared)
     lines += [_line(name, [row for row in compared if row.group == name]) for name in groups]
+    lines.append(_line("all", compared))
     methods = dict.fromkeys(row.method.partition(",")[0] for row in compared)
     lines += [
         "",
@@ -206,6 +207,7 @@ def report(compared: list[Compared], skipped: dict[str, int], sources: list[dict
     lines += [
         _line(name, [row for row in compared if row.method.partition(",")[0] == name]) for name in methods
     ]
+    lines += ["", *_swapped(compared)]
     lines += [
         "",
         "## The worst rows",
@@ -222,6 +224,38 @@ def report(compared: list[Compared], skipped: dict[str, int], sources: list[dict
     lines += ["", "## Rows left out", ""]
     lines += [f"- {count} rows: {reason}" for reason, count in sorted(skipped.items())]
     return "\n".join(lines) + "\n"
+
+
+def _swapped(compared: list[Compared]) -> list[str]:
+    """Judge each source by what the others alone would have taught: a factor, and an upper bound.
+
+    The factor is the median of measured over estimated of the others; the bound covers their largest
+    shortfall twice over, at least 5%.
+    """
+    lines = [
+        "## Calibrated on the others",
+        "",
+        "What each source would have got from the other sources alone: a factor, and the upper bound.",
+        "",
+        "| source | rows | factor of the others | median error as it is | with that factor | their bound "
+        "| above it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(_source(row) for row in compared):
+        own = [row for row in compared if _source(row) == name]
+        others = [row.measured / row.expected for row in compared if _source(row) != name]
+        factor, bound = statistics.median(others), 1 + max(0.05, 2 * (max(others) - 1))
+        plain = statistics.median(abs(row.error) for row in own)
+        scaled = statistics.median(abs(factor * row.expected / row.measured - 1) for row in own)
+        above = sum(row.measured > bound * row.expected for row in own)
+        lines.append(
+            f"| {name} | {len(own)} | {factor:.3f} | {plain:.1%} | {scaled:.1%} | {bound:.2f} | {above} |"
+        )
+    return lines
+
+
+def _source(row: Compared) -> str:
+    return row.group.partition(" ")[0]
 
 
 def _line(name: str, rows: list[Compared]) -> str:

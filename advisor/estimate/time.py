@@ -130,7 +130,7 @@ def _micro_tokens(settings: MemorySettings, mean: float, lengths: Histogram | No
         return full, full
     if lengths is None or not sum(lengths.counts):
         return number * mean, number * mean
-    return number * expected_longest(lengths, number, settings.seq_len), number * _mean(
+    return number * expected_longest(lengths, number, settings.seq_len), number * mean_length(
         lengths, settings.seq_len
     )
 
@@ -146,7 +146,10 @@ def expected_longest(lengths: Histogram, number: int, limit: int) -> float:
     return mean
 
 
-def _mean(lengths: Histogram, limit: int) -> float:
+def mean_length(lengths: Histogram, limit: float = math.inf) -> float:
+    """Return the mean length of the rows, each cut at `limit` tokens; 0 without rows."""
+    if not sum(lengths.counts):
+        return 0.0
     total = sum(lengths.counts)
     return sum(n * min(_middle(lengths, i), limit) for i, n in enumerate(lengths.counts)) / total
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 
-from advisor.estimate.time import estimate_time
+from advisor.estimate.time import estimate_time, mean_length
 from advisor.knowledge import Knowledge
 from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
 from advisor.recommend.fit import Fit, StageFit
 from advisor.recommend.gates import Proposal
 from advisor.recommend.situation import Situation, counted_rows, datasets_of, megabytes_of, rule
-from advisor.types import Objective, TimeEstimate
+from advisor.types import Histogram, Objective, TimeEstimate
 
 
 def stage_rows(objective: Objective, situation: Situation, knowledge: Knowledge, seq_len: int) -> int:
@@ -117,11 +117,22 @@ def stage_time(
     return estimate_time(
         proposal.spec, stage.settings, rows=rows, epochs=epochs, effective_batch=effective_batch,
         max_steps=max_steps, mean_tokens=stage.settings.seq_len if stage.objective == "cpt" else mean,
-        lengths=known[0] if len(known) == 1 and stage.objective == "sft" else None,
+        lengths=_as_read(stage, known[0], mean) if len(known) == 1 else None,
         accelerator=situation.machine.facts, hardware=situation.scenario.hardware,
         rules=knowledge.rules["time"], heldout_rows=round(kept * rows),
         evaluations=2 + rule(knowledge, "settings", "checkpoints")["saves_per_run"],
     )  # fmt: skip
+
+
+def _as_read(stage: StageFit, lengths: Histogram, mean: float) -> Histogram | None:
+    """Return the distribution of the lengths that a program pads: pairs and answers vary as whole rows do."""
+    if stage.objective == "sft":
+        return lengths
+    if stage.objective in REINFORCEMENT or stage.objective == "cpt":
+        return None
+    factor = mean / max(mean_length(lengths), 1.0)
+    edges = tuple(max(1, round(edge * factor)) for edge in lengths.edges)
+    return Histogram(edges=edges, counts=lengths.counts)
 
 
 def heldout_share(objective: Objective, situation: Situation, knowledge: Knowledge) -> float:
