@@ -54,6 +54,21 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
     return known[name]
 
 
+def vocabulary_rows(config: dict[str, Any]) -> int:
+    """Return the rows of the embedding.
+
+    Raises:
+        ExportError: config.json names none, as those of models with several parts do.
+    """
+    rows = config.get("vocab_size")
+    if not isinstance(rows, int):
+        raise ExportError(
+            "config.json names no vocab_size: it describes a model of several parts, or is incomplete.",
+            "Export the language model alone, saved with save_pretrained.",
+        )
+    return rows
+
+
 def is_tied(config: dict[str, Any]) -> bool:
     """Whether the base shares embedding and output layer; any architecture, known or not."""
     known = rules().architectures.get((config.get("architectures") or [""])[0])

@@ -16,7 +16,7 @@ from advisor.errors import ExportError, MissingPackageError, UnknownNameError, U
 from advisor.export.adapter import Adapter, grown_config, open_adapter
 from advisor.export.architecture import ModelPlan, plan_model
 from advisor.export.checkpoint import optional_json
-from advisor.export.config_fields import is_tied
+from advisor.export.config_fields import is_tied, vocabulary_rows
 from advisor.export.converter import find_converter
 from advisor.export.encode import Type
 from advisor.export.files import complete_file, need_space
@@ -124,9 +124,8 @@ def _convert(
     on_progress: Progress,
 ) -> Export:
     """Let llama.cpp's own converter write the files of an architecture that is not known here."""
-    vocabulary = read_vocabulary(
-        Path(trained.tokenizer), Path(trained.base), rows=int(trained.config["vocab_size"])
-    )
+    folders = Path(trained.tokenizer), Path(trained.base)
+    vocabulary = read_vocabulary(*folders, rows=vocabulary_rows(trained.config))
     work = Conversion(
         trained=trained, vocabulary=vocabulary, converter=converter, out=out, on_progress=on_progress
     )

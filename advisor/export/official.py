@@ -51,8 +51,9 @@ class _Recorder:
 
 
 def needs_converter(config: dict[str, Any]) -> bool:
-    """Whether the architecture is not one that is written here."""
-    return (config.get("architectures") or ["(none)"])[0] not in rules().architectures
+    """Whether config.json names an architecture, and none that is written here."""
+    named = config.get("architectures") or []
+    return bool(named) and named[0] not in rules().architectures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

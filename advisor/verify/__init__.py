@@ -21,7 +21,7 @@ from advisor.export.adapter import grown_config, virtual_tokens
 from advisor.export.architecture import plan_model
 from advisor.export.chat_template import Conversation
 from advisor.export.checkpoint import open_checkpoint
-from advisor.export.config_fields import is_tied
+from advisor.export.config_fields import is_tied, vocabulary_rows
 from advisor.export.merged import Layout
 from advisor.export.native import Arrays, run_llama
 from advisor.export.official import needs_converter
@@ -128,7 +128,7 @@ def _checks(
     config = trained.config
     count = virtual_tokens(None if trained.adapter is None else Path(trained.adapter))
     vocabulary = with_virtual_tokens(
-        read_vocabulary(Path(trained.tokenizer), Path(trained.base), rows=config["vocab_size"]), count
+        read_vocabulary(Path(trained.tokenizer), Path(trained.base), rows=vocabulary_rows(config)), count
     )
     config = grown_config(config, count)
     _check_memory(trained)

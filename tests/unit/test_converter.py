@@ -43,6 +43,21 @@ def test_without_the_network_the_way_out_is_named(tmp_path: Path) -> None:
         export_model(folder, quants=("F16",), out=tmp_path / "out", llama_cpp=tmp_path)
 
 
+def test_what_the_converter_cannot_help_is_told_without_it(tmp_path: Path) -> None:
+    """No architecture at all, or no vocabulary of its own, is named as what it is."""
+    folder = make_tiny_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "convert_hf_to_gguf.py").touch()
+    cases = (
+        ({"architectures": []}, r"\(none\)"),
+        ({"architectures": ["S"], "vocab_size": None}, "vocab_size"),
+    )
+    for change, told in cases:
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ExportError, match=told):
+            export_model(folder, quants=("F16",), out=tmp_path / "out", llama_cpp=tmp_path)
+
+
 def test_only_the_converter_is_unpacked(tmp_path: Path) -> None:
     """Of a source package of 77 MB the converter and its library are kept, and nothing leaves the folder."""
     names = (
