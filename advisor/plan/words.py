@@ -133,6 +133,9 @@ def alternatives(case: Case, knowledge: Knowledge) -> tuple[Alternative, ...]:
         suggest("self_generated")
     if situation.machine.vendor == "apple":
         suggest("mlx_qlora")
+    if decision.instead is None and (slow := _better_but_slow(case)):
+        share = case.option.hours / slow.hours if case.option else 0.0
+        suggest("fewer_rows", model=slow.proposal.spec.id, method=slow.proposal.tuner, share=f"{share:.0%}")
     if decision.instead is None and (better := _next_better(case)):
         option, needed = better
         if option.no_fit and option.no_fit.rough:
@@ -140,6 +143,15 @@ def alternatives(case: Case, knowledge: Knowledge) -> tuple[Alternative, ...]:
         names = {"method": option.proposal.tuner, "model": option.proposal.spec.id}
         suggest("more_memory", memory=format_bytes(needed), **names)
     return tuple(found)
+
+
+def _better_but_slow(case: Case) -> Option | None:
+    """What would be better but for its time, where the model was free and the rows are many."""
+    chosen = case.option
+    if chosen is None or not chosen.in_time or case.situation.spec is not None:
+        return None
+    slow = [o for o in case.advice.options if o.fit and not o.in_time and o.score > chosen.score]
+    return max(slow, key=lambda o: o.score, default=None)
 
 
 def _next_better(case: Case) -> tuple[Option, float] | None:

@@ -151,6 +151,15 @@ def test_small_devices_are_small() -> None:
     assert plan(rows(), text="voice assistant on an ESP32").method == "none"
 
 
+def test_a_larger_model_on_fewer_rows_is_offered() -> None:
+    """Where only the time of millions of rows made the model small, fewer rows are named, and the limit too."""
+    made = plan(rows("chat", 2_000_000), hardware=RTX_3060, text="tone", model="auto")
+    assert "fewer_rows" in {alternative.code for alternative in made.alternatives}
+    slow = [c for c in made.candidates if c.verdict == "possible" and c.score > made.candidates[0].score]
+    assert slow
+    assert all("--max-hours" in " ".join(c.reasons) for c in slow if c.peak_bytes)
+
+
 def test_asking_for_retrieval_or_no_training_is_heard() -> None:
     """Whoever asks for no training gets none, and the plan says that it was asked for."""
     for asked, method in (("rag", "none_rag"), ("none", "none")):
