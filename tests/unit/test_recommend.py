@@ -152,7 +152,7 @@ def test_small_devices_are_small() -> None:
 
 
 def test_a_larger_model_on_fewer_rows_is_offered() -> None:
-    """Where only the time of millions of rows made the model small, fewer rows are named, and the limit too."""
+    """Where only the time of many rows made the model small, fewer rows are named, and the limit too."""
     made = plan(rows("chat", 2_000_000), hardware=RTX_3060, text="tone", model="auto")
     assert "fewer_rows" in {alternative.code for alternative in made.alternatives}
     slow = [c for c in made.candidates if c.verdict == "possible" and c.score > made.candidates[0].score]
