@@ -31,14 +31,14 @@ class Curve(Record, frozen=True, kw_only=True):
 
 
 def write_page(folder: Path) -> Path | None:
-    """Write report.html of a run folder; None when the run has no report yet.
+    """Write report.html of a run folder; None when the run has no report yet, or no plan.
 
     Raises:
         InputError: a record of the folder cannot be decoded.
         DiskError: the page cannot be written.
     """
     report_file = folder / "report.json"
-    if not report_file.is_file():
+    if not report_file.is_file() or not (folder / "plan.json").is_file():
         return None
     plan = read_record(folder / "plan.json", Plan)
     report = read_record(report_file, RunReport)

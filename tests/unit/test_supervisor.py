@@ -32,6 +32,7 @@ from advisor.errors import (
 from advisor.run.events import read_events
 from advisor.run.folder import read_state
 from advisor.run.lock import FolderLock
+from advisor.run.page import write_page
 from advisor.run.policy import Action
 from advisor.run.supervisor import run_plan
 from advisor.storage import read_record, write_json
@@ -635,3 +636,10 @@ def test_a_killed_run_is_listed_with_its_steps(stage: Stage) -> None:
         assert time.monotonic() < deadline
     state = read_state(folder)
     assert (state.status, state.steps, state.steps_planned, state.last_loss) == ("unfinished", 2, 5, 0.5)
+
+
+def test_a_run_without_a_plan_has_no_page(stage: Stage) -> None:
+    """A folder of recipes alone is trained like any other; the page, which tells the plan, is left out."""
+    folder = stage.program("step(1)")
+    assert run(folder).status == "done"
+    assert write_page(folder) is None
