@@ -267,10 +267,6 @@ def _warnings(state: RunState, event: Event, rules: Thresholds) -> tuple[tuple[b
             "another program, heat, or memory that is moved to disk.", "Look at: ftadvisor doctor",
         ),
         (
-            state.hot, "hot", f"The card is slowed down by its temperature (step {step}).",
-            "Give it air; the training goes on more slowly.",
-        ),
-        (
             state.disk_low, "disk_low",
             "The disk will be full after about one more checkpoint.",
             "Free some space now; when it is full, the run stops and keeps the last whole checkpoint.",

@@ -74,7 +74,6 @@ class RunState(Record, frozen=True, kw_only=True):
     slow: int = 0
     checkpoint_bytes: int = 0
     disk_low: bool = False
-    hot: bool = False
     slept: bool = False
 
     def fresh(self) -> RunState:
@@ -235,12 +234,11 @@ def _pace(state: RunState, event: Event, rules: Thresholds) -> RunState:
 
 
 def _machine(state: RunState, event: Event, rules: Thresholds) -> RunState:
-    free, hot = event.get("disk_free_bytes"), event.get("throttled")
+    free = event.get("disk_free_bytes")
     need = state.checkpoint_bytes * rules.machine.disk_checkpoints
     return msgspec.structs.replace(
         state,
         disk_low=free is not None and need > 0 and free < need,
-        hot=bool(hot) or (event.get("degrees") or 0) >= rules.machine.hot_degrees,
         slept=state.slept or (event.get("slept_seconds") or 0) >= rules.machine.slept_seconds,
         slow=0 if event.get("slept_seconds") else state.slow,
     )

@@ -92,7 +92,6 @@ class MachineRules(_Sourced, frozen=True, kw_only=True):
     slow_steps: int
     disk_checkpoints: float
     slept_seconds: float
-    hot_degrees: float
 
 
 class ForgettingRules(_Sourced, frozen=True, kw_only=True):

@@ -242,7 +242,6 @@ WARNED = {
     "throughput_collapse": [event | {"loss": 9 / event["step"]} for event in SLOW],
     "disk_low": [saved(1), {"event": "machine", "disk_free_bytes": 1200}],
     "slept": [{"event": "machine", "disk_free_bytes": 1 << 40, "slept_seconds": 3600.0}],
-    "hot": [{"event": "machine", "degrees": 95}],
 }  # fmt: skip
 
 
