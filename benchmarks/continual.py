@@ -49,8 +49,8 @@ VOICE = re.compile(r"^Ahoy( there)?!\s.*\sFair winds!$", re.DOTALL)
 SPELT = re.compile(r"^(\w-)+\w\.$")
 ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("no replay", {"replay_fraction": 0}),
-    ("replay of 5 per cent (the plan's)", {}),
-    ("replay of 25 per cent", {"replay_fraction": 0.25}),
+    ("replay of 5 per cent", {"replay_fraction": 0.05}),
+    ("replay of 25 per cent (the plan's)", {}),
 )
 
 

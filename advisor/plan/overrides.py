@@ -220,7 +220,8 @@ def _outside(name: str, value: Value, objective: Objective, proposal: Proposal, 
         facts = rate_facts(objective, proposal.facts.group, knowledge)
         low, high = facts.low, facts.high
         small = rule(knowledge, "settings", "learning_rate_change")
-        if proposal.spec.parameters < small["small_model_below"]:
+        scaled = proposal.facts.group in ("full", "lora")
+        if scaled and proposal.spec.parameters < small["small_model_below"]:
             online = rule(knowledge, "settings", "learning_rate_reinforcement_small")
             high *= online["factor"] if objective in REINFORCEMENT else small["small_model_preference_factor"]
     else:
