@@ -5,7 +5,10 @@ Goes in: the events of a run, as they come. Comes out: text. Never does: decide.
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +20,8 @@ from advisor.run.policy import Action
 from advisor.ui.console import make_console
 from advisor.units import format_bytes, format_count, format_seconds
 
+BARS = "▁▂▃▄▅▆▇█"
+PLOT_WIDTH = 8
 PLAIN_LINES = 20
 """Without a terminal, a run prints about this many step lines."""
 
@@ -29,7 +34,8 @@ class RunView:
         self._folder = folder
         self._progress = Progress(
             TextColumn("{task.description}", style="key"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=5),
+            TextColumn("{task.fields[plot]}"),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             console=self._console,
@@ -37,6 +43,7 @@ class RunView:
             disable=not self._console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._losses: list[float] = []
 
     def __enter__(self) -> RunView:
         self._progress.start()
@@ -77,8 +84,24 @@ class RunView:
                 self._console.print(f"step {step}/{total} {note}", markup=False)
             return
         if self._task is None:
-            self._task = self._progress.add_task("train", total=total, note="")
-        self._progress.update(self._task, completed=step, total=total, note=note)
+            self._task = self._progress.add_task("train", total=total, note="", plot="")
+        if event.get("loss") is not None:
+            self._losses.append(event["loss"])
+        self._progress.update(
+            self._task, completed=step, total=total, note=note, plot=plot(self._losses, width=PLOT_WIDTH)
+        )
+
+
+def plot(values: Sequence[float], *, width: int) -> str:
+    """Return values as a row of bars, each the mean of its share of them; empty for fewer than two."""
+    if len(values) < 2:
+        return ""
+    size = min(width, len(values))
+    edges = [len(values) * n // size for n in range(size + 1)]
+    means = [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] for mean in means)
 
 
 def step_note(event: dict[str, Any]) -> str:
@@ -86,6 +109,9 @@ def step_note(event: dict[str, Any]) -> str:
     words = []
     if event.get("loss") is not None:
         words.append(f"loss {event['loss']:.3f}")
+    for name in ("reward", "margin"):
+        if event.get(name) is not None:
+            words.append(f"{name} {event[name]:.3f}")
     if event.get("tokens_per_second"):
         words.append(f"{event['tokens_per_second']:.0f} tok/s")
     if event.get("seconds_remaining") is not None:
