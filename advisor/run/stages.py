@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -22,6 +23,7 @@ from advisor.types import Plan, Program, Recipe, Record, RunReport, StageEstimat
 EVENTS, REPORT, PLAN = "events.jsonl", "report.json", "plan.json"
 EVALUATIONS = ("evaluation-before.json", "evaluation-after.json")
 RESULTS = ("adapter", "model", "heldout.jsonl", *EVALUATIONS)
+WEIGHTS = ("adapter", "model")
 CHECKPOINTS = "checkpoints"
 AGAIN = "Plan again: ftadvisor plan --help"
 NUMBERED = re.compile(r"recipe-(\d+)-")
@@ -167,12 +169,44 @@ def put_away(job: Job, report: RunReport) -> None:
             (folder / name).rename(target / name)
     if (folder / CHECKPOINTS).is_dir():
         shutil.rmtree(folder / CHECKPOINTS)
+    # Asked of the target: a put-away that was cut short has moved the result already.
     artefacts = {
-        name: str((target / place).relative_to(folder))
-        for name, place in report.artefacts.items()
-        if (target / place).exists()
+        name: str((target / name).relative_to(folder)) for name in WEIGHTS if (target / name).is_dir()
     }
     write_json(target / REPORT, msgspec.structs.replace(report, artefacts=artefacts))
+
+
+def require_result(job: Job) -> None:
+    """Refuse to go on from a finished stage whose result is not there, or cut short.
+
+    Raises:
+        InputError: says which file; the next stage would silently begin from the untrained base.
+    """
+    place = stage_folder(job)
+    files = [file for name in WEIGHTS for file in sorted((place / name).glob("*")) if file.is_file()]
+    cut = next((file for file in files if file.suffix == ".safetensors" and not _is_whole(file)), None)
+    if files and cut is None:
+        return
+    what = f"{cut} is cut short" if cut else f"{place} holds neither adapter/ nor model/"
+    raise InputError(
+        f"Stage {job.stage} was trained, but its result cannot be gone on from: {what}.",
+        "Put it back from a copy, or plan into another folder and train again.",
+        code="stage_result",
+    )
+
+
+def _is_whole(file: Path) -> bool:
+    """Tell whether a safetensors file holds all that its header announces."""
+    with file.open("rb") as content:
+        size = int.from_bytes(content.read(8), "little")
+        if size + 8 > file.stat().st_size:
+            return False
+        try:
+            header = msgspec.json.decode(content.read(size), type=dict[str, dict[str, Any]])
+        except msgspec.DecodeError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return 8 + size + max(ends, default=0) == file.stat().st_size
 
 
 def got_worse(report: RunReport) -> str:

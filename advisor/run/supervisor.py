@@ -36,6 +36,7 @@ from advisor.run.stages import (
     is_put_away,
     put_away,
     read_jobs,
+    require_result,
 )
 from advisor.run.thresholds import Thresholds, thresholds_of
 from advisor.run.verdict import judge
@@ -91,6 +92,7 @@ def run_plan(
                 _run_stage(job, how, lock=lock, on_event=on_event, ask=ask)
             if not is_put_away(job):
                 put_away(job, _report(job, status="done", error=None))
+            require_result(job)
         return _run_stage(jobs[-1], how, lock=lock, on_event=on_event, ask=ask)
 
 

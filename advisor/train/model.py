@@ -46,6 +46,11 @@ def model_place(model: RecipeModel) -> str:
     follows a fully tuned one begins with its weights."""
     if model.after is not None and (Path(model.after) / "model").is_dir():
         return str(Path(model.after) / "model")
+    if model.after is not None and start_adapter(model) is None:
+        raise ModelError(
+            f"{model.after} holds neither model/ nor adapter/, so there is nothing to go on from.",
+            "Put it back, or train the stage before this one again.",
+        )
     if "starter" in (model.path, model.id):
         return str(starter_dir())
     return model.path or model.id

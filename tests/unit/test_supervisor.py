@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import advisor.run.launch
 import advisor.run.machine
@@ -533,6 +535,44 @@ def test_stages_follow_each_other_and_go_on_where_it_failed(stage: Stage) -> Non
     assert {event["stage"] for event in seen} == {"2-sft"}
     assert (folder / "model" / "weights").read_text() == "recipe-2-sft.yaml"
     assert run(folder, resume=True) == stage.report
+
+
+def test_a_kill_while_a_result_is_put_away_loses_nothing(stage: Stage) -> None:
+    """Killed between the move and the report, the next run finishes the move and goes on with stage two."""
+    folder = _in_two(stage)
+    with pytest.raises(TrainingError, match="not yet"):
+        run(folder)
+    (folder / "stages" / "1-sft" / "report.json").unlink()
+    shutil.rmtree(folder / "model")  # what the second stage had begun
+    (folder / "go").touch()
+    seen: list[dict[str, Any]] = []
+    run(folder, resume=True, on_event=seen.append)
+    assert {event["stage"] for event in seen} == {"2-sft"}
+    again = read_record(folder / "stages" / "1-sft" / "report.json", RunReport)
+    assert again.artefacts == {"model": "stages/1-sft/model"}
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_the_next_stage_does_not_begin_without_the_result_of_the_one_before(
+    stage: Stage, damage: str
+) -> None:
+    """It would begin from the untrained base without a word."""
+    folder = _in_two(stage)
+    with pytest.raises(TrainingError, match="not yet"):
+        run(folder)
+    result = folder / "stages" / "1-sft" / "model"
+    if damage == "gone":
+        shutil.rmtree(result)
+    else:
+        save_file({"weight": np.ones(4)}, result / "model.safetensors")
+        whole = (result / "model.safetensors").read_bytes()
+        (result / "model.safetensors").write_bytes(whole[:-1])
+    (folder / "go").touch()
+    with pytest.raises(InputError, match=r"neither adapter/ nor model/|cut short"):
+        run(folder, resume=True)
+    if damage == "cut":
+        (result / "model.safetensors").write_bytes(whole)
+        assert run(folder, resume=True).status == "done"
 
 
 def test_a_stage_that_did_not_help_is_said(stage: Stage) -> None:
