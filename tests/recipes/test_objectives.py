@@ -192,6 +192,20 @@ def test_every_accepted_key_is_read(objective: str) -> None:
             )
 
 
+@pytest.mark.parametrize(("tuner", "bits"), [("qlora", 4), ("lora", 16)])
+def test_a_head_in_32_bits_reads_32_bits(
+    tuner: str, bits: int, files: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A reward model on a smaller base trains without autocast too."""
+    data, kind = files["reward"]
+    folder = make_run(
+        tmp_path / "run", tuner=tuner, model=tiny_model, data=data, kind=kind, objective="reward",
+        weight_bits=bits, precision="fp32", max_steps=2,
+    )  # fmt: skip
+    assert run_here(folder) == 0, events_of(folder, "error")
+    assert events_of(folder, "heldout")[-1]["margin"] is not None
+
+
 def test_accumulated_batches_are_one_batch(files: Any, tiny_model: Path, tmp_path: Path) -> None:
     """ORPO and SimPO with two halves accumulated begin with the same loss and gradient as in one batch."""
     data, kind = files["simpo"]
