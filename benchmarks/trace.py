@@ -37,7 +37,7 @@ SMALL = ("ia3", "ln_tuning", "prompt_tuning", "p_tuning", "prefix_tuning")
 TUNERS = ("full", "lora", "lora", "qlora", "dora", *SMALL)
 OBJECTIVES = ("sft", "sft", "dpo", "kto", "orpo", "reward")
 LENGTHS, BATCHES = (256, 1024, 4096), (1, 4)
-WITHOUT_IA3 = ("olmo2", "phi3")
+WITHOUT = ("olmo2", "phi3")
 """Families for which PEFT names no layers of its own choice."""
 TARGETS = ("all-linear", "q_v", "mlp")
 
@@ -102,7 +102,9 @@ def draw(count: int, seed: int) -> list[tuple[ModelSpec, MemorySettings]]:
     each = -(-count // len(families))
     drawn = []
     for spec in families:
-        possible = [one for one in valid if one.tuner != "ia3" or spec.model_type not in WITHOUT_IA3]
+        possible = [
+            one for one in valid if one.tuner not in ("ia3", "ln_tuning") or spec.model_type not in WITHOUT
+        ]
         drawn += [(spec, one) for one in dice.sample(possible, each)]
     return drawn[:count]
 

@@ -238,6 +238,8 @@ def loss_bytes(spec: ModelSpec, settings: MemorySettings, *, backward: bool) -> 
     count, a = tokens(settings), compute_bytes(settings)
     if not in_tiles(settings):
         capped = a if spec.model_type in SOFT_CAPPED else 0
+        if settings.objective in ("orpo", "simpo"):  # our own loss: logits, those of answers, both in 32 bits
+            return count * spec.shape.vocab * (capped + 12)
         return count * spec.shape.vocab * (capped + a + (12 if backward else 8))
     tile = min(count, TILE_TOKENS) * TILE_VOCABULARY * a
     if settings.device == "cpu":

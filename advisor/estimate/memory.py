@@ -216,12 +216,17 @@ def _gradients_at_first(case: _Case, gradients: Part) -> Part:
     return Part(name="gradients", bytes=held, formula="of the later blocks", source=gradients.source)
 
 
+def _two_gradients(case: _Case) -> bool:
+    """True when the embedding is the output matrix too, so that its gradient comes in two parts."""
+    return case.plan.head == 0 and case.settings.objective != "reward"
+
+
 def _pending(case: _Case, *, ends: bool) -> list[Part]:
     """Gradients of embedding and output matrix on their way: a tied matrix waits for its second one."""
     if not act.trains_everything(case.settings):
         return []
     size, settings = states.stored_bytes(case.settings), case.settings
-    tied, entries = case.plan.head == 0, case.plan.embedding
+    tied, entries = _two_gradients(case), case.plan.embedding
     if ends:
         matrices = (1 if settings.accumulate else 0) + (1 if tied else 0)
     else:
@@ -232,7 +237,7 @@ def _pending(case: _Case, *, ends: bool) -> list[Part]:
 
 def _waiting(case: _Case) -> list[Part]:
     """At the first block, the gradient of a tied matrix still waits for its second half."""
-    if not act.trains_everything(case.settings) or case.plan.head:
+    if not act.trains_everything(case.settings) or not _two_gradients(case):
         return []
     entries, size = case.plan.embedding, states.stored_bytes(case.settings)
     return [case.part("vocabulary_gradient", size * entries, f"{entries:,} x {size} B")]
