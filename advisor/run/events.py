@@ -45,10 +45,20 @@ class EventWriter:
             os.write(self._handle, b"\n")
 
     def write(self, event: str, **fields: object) -> Event:
-        """Append one event and return it; the whole line reaches the system in one call."""
+        """Append one event and return it; the whole line reaches the system in one call.
+
+        Raises:
+            DiskError: there is no space left, or the disk fails.
+        """
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         record: Event = {"time": now, "stage": self.stage, "event": event, **fields}
-        os.write(self._handle, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        try:
+            os.write(self._handle, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        except OSError as problem:
+            raise DiskError(
+                f"Cannot write {self.path}: {problem.strerror}.",
+                "Free some space, then go on with --resume; the last whole checkpoint is kept.",
+            ) from problem
         return record
 
     def close(self) -> None:

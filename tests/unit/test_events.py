@@ -99,3 +99,10 @@ def test_the_stage_is_in_the_recipe_name() -> None:
     """One stage is called by its objective, several by number and objective."""
     assert stage_of("recipe.yaml", "sft") == "sft"
     assert stage_of("recipe-2-dpo.yaml", "dpo") == "2-dpo"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_a_full_disk_is_named() -> None:
+    """An event that cannot be written is an error with a remedy, not a traceback."""
+    with EventWriter(Path("/dev/full"), "sft") as events, pytest.raises(DiskError, match="No space left"):
+        events.write("note", message="x")
