@@ -142,7 +142,7 @@ def test_qlora_on_cpu_from_alpaca_rows_to_an_answer(tmp_path: Path) -> None:
     assert report["last_loss"] < report["first_loss"]
     exported = json.loads(ftadvisor("export", "run", "--json", cwd=tmp_path).stdout)
     assert exported["ok"] is True
-    (file,) = exported["export"]["files"]
+    (file,) = (one for one in exported["export"]["files"] if one["kind"] == "gguf")
     assert plan["export"]["quant"] in file["path"], "the planned quantisation, unless told otherwise"
     said = json.loads(
         ftadvisor("chat", file["path"], "--prompt", "Add 3 and 1.", "--json", cwd=tmp_path).stdout
