@@ -32,7 +32,6 @@ MORE: tuple[tuple[ModelSpec, dict[str, Any]], ...] = (
     (spec("llama", heads=8, kv_heads=4, **WIDE), {**HALF, "loss": "full_logits"}),
     (spec("qwen3", heads=8, kv_heads=4, **WIDE), {**HALF, "gradient_checkpointing": False}),
     (spec("qwen3", heads=8, kv_heads=4, **WIDE), FULL32),
-    (spec("gemma2", heads=8, kv_heads=4, **WIDE), FULL32),
     (spec("gemma3_text", heads=8, kv_heads=1, **WIDE), {**FULL32, "gradient_checkpointing": False}),
     (spec("phi3", heads=8, kv_heads=8, tied=False, **WIDE), HALF),
     (spec("olmo2", heads=8, kv_heads=8, tied=False, **WIDE), {**FULL32, "loss": "full_logits"}),
