@@ -32,8 +32,8 @@ MEMORY_KEYS = {
 """Setting -> field of MemorySettings."""
 MAY_BE_ZERO = frozenset(
     {
-        "heldout_fraction", "warmup_ratio", "weight_decay", "lora_dropout", "label_smoothing", "beta",
-        "kl_beta", "sft_loss_weight", "replay_fraction", "gamma_beta_ratio",
+        "learning_rate", "heldout_fraction", "warmup_ratio", "weight_decay", "lora_dropout",
+        "label_smoothing", "beta", "kl_beta", "sft_loss_weight", "replay_fraction", "gamma_beta_ratio",
     }
 )  # fmt: skip
 """Where zero means `none of it`; any other number must be positive."""

@@ -125,7 +125,8 @@ def _machine(sheet: Sheet, stage: StageFit, option: Option, fit: Fit, advice: Ad
     sheet.say("gradient_checkpointing", f"gradient_checkpointing_{key}", value=on)
     key = "on" if settings.packed else "off" if facts.packing else "never"
     sheet.say("packing", f"packing_{key}", value=settings.packed)
-    sheet.say("attention", "attention", value=settings.attention)
+    key = "attention_eager" if settings.attention == "eager" else "attention"
+    sheet.say("attention", key, value=settings.attention)
     if fit.layout.offload:
         sheet.say("cpu_offload", "cpu_offload", value=True)
 

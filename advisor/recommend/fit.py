@@ -384,12 +384,13 @@ def memory_settings(
         precision = "fp32"
     generations = knowledge.objectives[objective].settings.get("num_generations", 0)
     bits = attempt.weight_bits
+    plain = proposal.spec.model_type in rule(knowledge, "choice", "attention")["eager_only"]
     return MemorySettings(
         tuner=estimated_as(proposal.tuner, proposal.facts), objective=objective, precision=precision,
         weight_bits=32 if precision == "fp32" and bits == 16 else bits,
         micro_batch=attempt.micro_batch, seq_len=attempt.seq_len + attempt.completion,
         gradient_checkpointing=attempt.checkpointing, optimizer=attempt.optimizer,
-        lora_r=attempt.rank, target="all-linear", attention="sdpa", loss=attempt.loss,
+        lora_r=attempt.rank, target="all-linear", attention="eager" if plain else "sdpa", loss=attempt.loss,
         virtual_tokens=_int(facts.get("virtual_tokens")), bottleneck=_int(facts.get("bottleneck")),
         generations=_int(generations),
         classes=max([d.classes or 0 for d in situation.demos], default=0),

@@ -447,6 +447,12 @@ def test_tokenizer_that_llama_cpp_cannot_follow_is_told_before_training() -> Non
             assert (made.export.format, made.export.feasible) == ("safetensors", True)
 
 
+def test_a_model_without_sdpa_is_not_planned_with_it() -> None:
+    """Gemma 2 caps its attention logits; transformers refuses to load it with SDPA."""
+    assert plan(rows(), model="google/gemma-2-2b-it").stages[0].settings["attention"] == "eager"
+    assert plan(rows(), model="google/gemma-3-4b-it").stages[0].settings["attention"] == "sdpa"
+
+
 def test_a_server_gets_what_servers_load() -> None:
     """vLLM loads merged weights, or one adapter for each tenant beside the base; nobody asked for a GGUF."""
     merged = plan(rows(), deploy="vLLM server").export
