@@ -6,6 +6,7 @@ Generated cases are the same in every run: a change is judged by what it changed
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,5 +26,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["FTADVISOR_CALIBRATION"] = ""  # tests leave nothing in anyone's home
 for name in ("FTADVISOR_KB", "HF_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(name, None)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited from a shell's `&`: no Ctrl-C would be seen
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
