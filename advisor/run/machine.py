@@ -1,4 +1,4 @@
-"""What happens to the machine while a training runs: its disk, its clock, the memory of the program.
+"""What happens to the machine while a training runs: its disk, its clock, its heat, the program's memory.
 
 Goes in: the run folder, the program's process id. Comes out: `machine` events for the policy, what is known
 when the program was killed. Never does: decide; fail, where a figure cannot be read."""
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ class MachineWatch:
         self._next = self._steady
 
     def look(self) -> dict[str, Any] | None:
-        """Return free disk space and how long the machine slept since the last look; None in between."""
+        """Return free disk space, how long the machine slept since the last look, and how hot the processor
+        is, where that can be read; None in between."""
         wall, steady = time.time(), time.monotonic()
         if steady < self._next:
             return None
@@ -48,6 +50,7 @@ class MachineWatch:
             "event": "machine",
             "disk_free_bytes": shutil.disk_usage(self._folder).free,
             "slept_seconds": max(0.0, round(slept, 1)),
+            **(processor_heat() if sys.platform == "linux" else {}),
         }
 
     def at_the_end(self) -> dict[str, Any]:
@@ -65,6 +68,18 @@ def resident_bytes(pid: int) -> int:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return 0
+
+
+def processor_heat() -> dict[str, float]:
+    """Return the temperature that is nearest to its sensor's limit, that limit and the clock's share of the
+    highest; nothing where the machine does not tell, as in most containers."""
+    sensors = [one for found in psutil.sensors_temperatures().values() for one in found]
+    limits = [(one.current, limit) for one in sensors if (limit := one.high or one.critical)]
+    clock = psutil.cpu_freq()
+    if not limits or clock is None or not clock.max:
+        return {}
+    celsius, limit = max(limits, key=lambda pair: pair[0] - pair[1])
+    return {"celsius": celsius, "celsius_limit": limit, "clock_share": round(clock.current / clock.max, 3)}
 
 
 def oom_kills() -> int | None:

@@ -267,6 +267,12 @@ def _warnings(state: RunState, event: Event, rules: Thresholds) -> tuple[tuple[b
             "another program, heat, or memory that is moved to disk.", "Look at: ftadvisor doctor",
         ),
         (
+            state.hot_looks >= machine.hot_looks or state.hot_steps >= machine.hot_steps, "slowed_by_heat",
+            f"{'The card' if state.hot_steps >= machine.hot_steps else 'The processor'} is as hot as it may "
+            f"be and has lowered its clock (step {step}): the training goes on, more slowly.",
+            "Give it air, or lower its power limit; the result is the same.",
+        ),
+        (
             state.disk_low, "disk_low",
             "The disk will be full after about one more checkpoint.",
             "Free some space now; when it is full, the run stops and keeps the last whole checkpoint.",

@@ -75,6 +75,10 @@ class RunState(Record, frozen=True, kw_only=True):
     checkpoint_bytes: int = 0
     disk_low: bool = False
     slept: bool = False
+    hot_looks: int = 0
+    """How often in a row the processor was at its limit of heat and its clock lowered."""
+    hot_steps: int = 0
+    """Steps in a row for which the card's driver had lowered its clock because of heat."""
 
     def fresh(self) -> RunState:
         """Return the state of the next attempt: what belongs to the whole run stays."""
@@ -227,6 +231,7 @@ def _pace(state: RunState, event: Event, rules: Thresholds) -> RunState:
     )
     return msgspec.structs.replace(
         state,
+        hot_steps=state.hot_steps + 1 if event.get("slowed_by_heat") else 0,
         fastest=tuple(sorted((*state.fastest, pace))[:BEST_STEPS]),
         shortest=tuple(sorted((*state.shortest, seconds))[:BEST_STEPS]),
         slow=state.slow + 1 if slow else 0,
@@ -235,12 +240,16 @@ def _pace(state: RunState, event: Event, rules: Thresholds) -> RunState:
 
 def _machine(state: RunState, event: Event, rules: Thresholds) -> RunState:
     free = event.get("disk_free_bytes")
+    heat, limit, clock = (event.get(name) for name in ("celsius", "celsius_limit", "clock_share"))
+    hot = heat is not None and limit is not None and heat >= limit
+    slowed = hot and clock is not None and clock < rules.machine.hot_clock_share
     need = state.checkpoint_bytes * rules.machine.disk_checkpoints
     return msgspec.structs.replace(
         state,
         disk_low=free is not None and need > 0 and free < need,
         slept=state.slept or (event.get("slept_seconds") or 0) >= rules.machine.slept_seconds,
         slow=0 if event.get("slept_seconds") else state.slow,
+        hot_looks=state.hot_looks + 1 if slowed else 0,
     )
 
 

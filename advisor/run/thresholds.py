@@ -92,6 +92,9 @@ class MachineRules(_Sourced, frozen=True, kw_only=True):
     slow_steps: int
     disk_checkpoints: float
     slept_seconds: float
+    hot_clock_share: float
+    hot_looks: int
+    hot_steps: int
 
 
 class ForgettingRules(_Sourced, frozen=True, kw_only=True):

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from advisor.errors import TrainingError
 from advisor.run.events import EventWriter
 from advisor.train import checkpoints
+from advisor.train.heat import slowed_by_heat
 from advisor.train.memory import peak_memory
 from advisor.train.parallel import anywhere, is_first, wait_for_all
 from advisor.train.process import StopRequest
@@ -57,6 +59,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         self._measure = measure
         self._begin = self._begin_tokens = self._begin_step = 0.0
         self._saving_since = self._step_since = 0.0
+        nvidia = torch.cuda.is_available() and torch.version.cuda is not None
+        self._card = str(torch.cuda.get_device_properties().uuid) if nvidia else ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,6 +109,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             **{name: _number(logs[key]) for key, name in TOLD.items() if key in logs},
             **self._pace(state),
             **peak_memory(),
+            **(slowed_by_heat(self._card) if self._card else {}),
         )
         if broken:
             raise TrainingError(

@@ -5,6 +5,7 @@
    FAKE_NVML_INIT       a number: the error of nvmlInit; or hang, crash, exit, chatter,
                         or cores: fails unless core files are off
    FAKE_NVML_LOST       index of a device that fell off the bus
+   FAKE_NVML_CLOCK      a number: the reasons of the present clock
 
    A total of 0 MiB means that memory cannot be asked for, as on GPUs that share the computer's memory. */
 
@@ -95,6 +96,22 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {
     if (index >= device_count) return INVALID_ARGUMENT;
     if (lost && atoi(lost) == (int)index) return GPU_IS_LOST;
     *handle = &devices[index];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **handle) {
+    for (unsigned i = 0; i < device_count; i++)
+        if (!strcmp(devices[i].uuid, uuid)) {
+            *handle = &devices[i];
+            return SUCCESS;
+        }
+    return NOT_FOUND;
+}
+
+int nvmlDeviceGetCurrentClocksEventReasons(Device *device, unsigned long long *reasons) {
+    const char *clock = getenv("FAKE_NVML_CLOCK");
+    (void)device;
+    *reasons = clock ? strtoull(clock, NULL, 0) : 0;
     return SUCCESS;
 }
 

@@ -240,6 +240,10 @@ WARNED = {
     "mode_collapse": [step(n, reward=0.5, entropy=0.001) for n in range(1, 9)],
     "no_reward_signal": [step(n, reward=0.0, reward_std=0.0) for n in range(1, 30)],
     "throughput_collapse": [event | {"loss": 9 / event["step"]} for event in SLOW],
+    "slowed_by_heat": [
+        {"event": "machine", "disk_free_bytes": 1 << 40, "celsius": 96.0, "celsius_limit": 95.0,
+         "clock_share": 0.5}
+    ] * 15,
     "disk_low": [saved(1), {"event": "machine", "disk_free_bytes": 1200}],
     "slept": [{"event": "machine", "disk_free_bytes": 1 << 40, "slept_seconds": 3600.0}],
 }  # fmt: skip
@@ -261,6 +265,17 @@ def test_a_pause_is_not_slowness() -> None:
     state, taken = feed(begin(), *events, slept)
     assert [action.code for action in taken] == ["slept"]
     assert state.slow == 0
+
+
+def test_heat_counts_only_while_it_slows_the_machine() -> None:
+    """Ten hot steps in a row of a card; a cool one between begins anew, and so does a clock at its full speed
+    however hot the processor is."""
+    hot = [step(n, loss=9 / n, step_seconds=1.0, slowed_by_heat=True) for n in range(1, 13)]
+    assert [action.code for action in feed(begin(), MODEL, *hot)[1]] == ["slowed_by_heat"]
+    assert feed(begin(), MODEL, *hot[:8], step(9, loss=0.9, step_seconds=1.0), *hot[9:])[1] == []
+    look = {"event": "machine", "disk_free_bytes": 1 << 40, "celsius": 99.0, "celsius_limit": 95.0}
+    assert feed(begin(), MODEL, *[look | {"clock_share": 0.95}] * 40)[1] == []
+    assert feed(begin(), MODEL, *[look | {"clock_share": 0.5, "celsius": 80.0}] * 40)[1] == []
 
 
 # --- any sequence at all ---------------------------------------------------------------------------

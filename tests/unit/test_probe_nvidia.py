@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -291,3 +292,21 @@ def test_numbers_among_different_gpus_are_unsure() -> None:
     assert "nvidia_mixed_gpus" in codes(usable_devices((*CARDS, other), asked)[1])
     fixed = {**asked, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     assert "nvidia_mixed_gpus" not in codes(usable_devices((*CARDS, other), fixed)[1])
+
+
+@pytest.mark.parametrize(
+    ("uuid", "clock", "said"),
+    [("30600000-aaaa", "0x20", {"slowed_by_heat": True}), ("30600000-aaaa", "0x44", {"slowed_by_heat": True}),
+     ("30600000-aaaa", "0x4", {"slowed_by_heat": False}), ("00000000-zzzz", "0x20", {})],
+)  # fmt: skip
+def test_a_card_that_is_slowed_by_its_heat_says_so(
+    stand_in: Path, uuid: str, clock: str, said: dict[str, bool]
+) -> None:
+    """Heat and no other reason counts; a card that the driver does not know by that name says nothing."""
+    asked = f"from advisor.train.heat import slowed_by_heat as f; print(f({uuid!r}))"
+    environment = os.environ | {"LD_LIBRARY_PATH": str(stand_in), "FAKE_NVML_CLOCK": clock}
+    environment["FAKE_NVML_DEVICES"] = RTX_3060
+    answer = subprocess.run(
+        [sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == str(said)
