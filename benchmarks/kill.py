@@ -3,14 +3,16 @@
 Goes in: nothing; the model is tiny and random. Comes out: benchmarks/results/kill-<date>.md and the same on
 the screen: for each method how many SIGKILLs, how many of them while a checkpoint was being written, how many
 resumed runs ended in weights that are equal to the last bit, and the greatest difference where they are not.
-With `--stages`, the supervisor of a plan of two stages is killed too, between the stages among other moments.
+With `--stages`, the supervisor of a plan of two stages is killed, between the stages among other moments.
+Rows of methods that were not asked for stay in the table, with their day.
 Never does: count a kill that came after the end of the program.
 
-    python benchmarks/kill.py [--kills 50] [--only sft/lora,dpo/lora] [--stages 6] [--seed 1]
+    python benchmarks/kill.py [--kills 50] [--only sft/lora,dpo/lora] [--stages 50] [--seed 1]
 
 The training programs are the shipped ones, each in a process of its own, forked from one that has loaded the
-libraries, so that a run takes seconds and a kill costs no twelve seconds of imports. With `--stages`
-everything is started as a person does, through the command line.
+libraries, so that a run takes seconds and a kill costs no twelve seconds of imports. With `--stages` the
+supervisor is the shipped one too, in a process of its own; half of its kills take the program along, as when
+a machine goes off, the others leave the program to end by itself.
 """
 
 from __future__ import annotations
@@ -19,32 +21,44 @@ import argparse
 import datetime
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["FTADVISOR_CALIBRATION"] = ""
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 import numpy as np  # noqa: E402 - after the number of threads
+import psutil  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
+import advisor.run.launch  # noqa: E402
 from advisor.probe.host import cpu_identity  # noqa: E402
 from advisor.probe.software import installed_packages  # noqa: E402
 from advisor.run.events import read_events  # noqa: E402
+from advisor.run.lock import is_locked  # noqa: E402
 from advisor.types import Record  # noqa: E402
 from tiny import make_tiny_model  # noqa: E402
-from training import COLOURS, THINGS, make_run, rows, run_here, write_rows  # noqa: E402
+from training import COLOURS, THINGS, make_run, rows, run, run_here, write_rows  # noqa: E402
 
 METHODS = ("sft/full", "sft/lora", "sft/qlora", "dpo/lora", "grpo/lora")
 RESULTS = ("model/model.safetensors", "adapter/adapter_model.safetensors")
 MOST_KILLS_A_RUN = 4
+STAGES = "sft/lora then dpo/lora"
+FIRST, SECOND = "recipe-1-sft.yaml", "recipe-2-dpo.yaml"
+ROW = re.compile(r"\| (?P<method>[^|]+) \|.*\| \d{4}-\d\d-\d\d, [^|]+ \|")
 
 
 class Row(Record, frozen=True, kw_only=True):
@@ -64,11 +78,11 @@ class Row(Record, frozen=True, kw_only=True):
     """Greatest difference of a weight, over all runs."""
 
 
-def folder_for(method: str, place: Path, model: Path) -> Path:
-    """Write a run folder of a method: 12 steps, a checkpoint after every second one."""
+def folder_for(method: str, place: Path, model: Path, *, max_steps: int = 12) -> Path:
+    """Write a run folder of a method, with a checkpoint after every second step."""
     objective, tuner = method.split("/")
     place.mkdir(parents=True, exist_ok=True)
-    more: dict[str, Any] = {"max_steps": 12, "save_every_steps": 2}
+    more: dict[str, Any] = {"max_steps": max_steps, "save_every_steps": 2}
     data, kind = write_rows(place / "rows.jsonl", rows()), "instruction"
     if objective == "dpo":
         pairs = [
@@ -94,16 +108,32 @@ def folder_for(method: str, place: Path, model: Path) -> Path:
     )  # fmt: skip
 
 
-def start(folder: Path) -> int:
-    """Train in a forked process and return its id."""
+def forked(work: Callable[[], int], log: int) -> int:
+    """Do something in a fork that writes to a log and ends with the status that it returns; return its id."""
     sys.stdout.flush()
+    sys.stderr.flush()
     pid = os.fork()
     if pid:
         return pid
+    status = 1
+    try:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        status = work()
+    except BaseException:  # noqa: BLE001 - nothing may leave the fork but its status
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def start(folder: Path) -> int:
+    """Train in a forked process and return its id."""
     log = os.open(folder / "train.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os._exit(run_here(folder))
+    try:
+        return forked(lambda: run_here(folder), log)
+    finally:
+        os.close(log)
 
 
 def ended(pid: int, *, within: float | None) -> int | None:
@@ -169,85 +199,153 @@ def measure(method: str, model: Path, place: Path, *, kills: int, chance: random
 
 def two_stages(model: Path, place: Path) -> Path:
     """Write a run folder of two stages, SFT and then DPO."""
-    first, second = folder_for("sft/lora", place / "one", model), folder_for("dpo/lora", place / "two", model)
+    first, second = (
+        folder_for(method, place / method.replace("/", "-"), model, max_steps=6)
+        for method in ("sft/lora", "dpo/lora")
+    )
     folder = place / "run"
     folder.mkdir(parents=True)
-    shutil.copy(first / "recipe.yaml", folder / "recipe-1-sft.yaml")
+    shutil.copy(first / "recipe.yaml", folder / FIRST)
     text = (second / "recipe.yaml").read_text(encoding="utf-8")
-    text = text.replace("after: null", "after: stages/1-sft")
-    (folder / "recipe-2-dpo.yaml").write_text(text, encoding="utf-8")
+    (folder / SECOND).write_text(text.replace("after: null", "after: stages/1-sft"), encoding="utf-8")
     return folder
 
 
-def supervise(folder: Path, *, resume: bool) -> subprocess.Popen[bytes]:
-    """Start the command line on a folder."""
-    command = [sys.executable, "-m", "advisor", "run", str(folder), "--offline", "--json"]
-    return subprocess.Popen(
-        [*command, *(["--resume"] if resume else [])], stdout=subprocess.DEVNULL, cwd=HERE.parent,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
-    )  # fmt: skip
+class Forked(subprocess.Popen[bytes]):
+    """Stands in for subprocess.Popen: the program goes on in a fork, where the libraries are loaded."""
+
+    def __init__(
+        self, command: list[str], *, cwd: Path, env: dict[str, str], stdout: Any, **rest: Any
+    ) -> None:
+        self.args, self.stdin, self.stdout, self.stderr = command, None, None, None
+        self._waitpid_lock, self.returncode, self._child_created = threading.Lock(), None, True
+
+        def work() -> int:
+            os.setpgid(0, 0)
+            os.environ.clear()
+            os.environ.update(env)
+            return run_here(cwd, command[-1])
+
+        self.pid = forked(work, stdout.fileno())
+
+
+def supervise(folder: Path) -> int:
+    """Run a folder as `ftadvisor run --resume` does, in a forked process, and return its id."""
+
+    def work() -> int:
+        advisor.run.launch.subprocess = SimpleNamespace(
+            Popen=Forked, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
+        )
+        return 0 if run(folder, resume=True).status == "done" else 1
+
+    log = os.open(folder / "train.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        return forked(work, log)
+    finally:
+        os.close(log)
+
+
+def await_the_end_of_the_first(folder: Path, pid: int) -> None:
+    """Return as soon as the first stage has said that it is done, or the supervisor has ended."""
+    while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        if any(e["event"] == "end" for e in read_events(folder / "events.jsonl")):
+            return
+        time.sleep(0.0005)
+
+
+def kill_supervisor(folder: Path, pid: int, *, program_too: bool) -> None:
+    """Kill a supervisor, with its program as when the machine goes off; wait until the program has ended."""
+    children = psutil.Process(pid).children()
+    os.kill(pid, signal.SIGKILL)
+    for child in children if program_too else ():
+        child.kill()
+    ended(pid, within=None)
+    unlocked(folder)
 
 
 def unlocked(folder: Path) -> None:
-    """Wait until the program of a killed supervisor has ended too."""
-    import fcntl
-
-    with (folder / ".lock").open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Wait until no program of a killed supervisor works in a folder any more."""
+    while is_locked(folder):
+        time.sleep(0.01)
 
 
 def measure_stages(model: Path, place: Path, *, kills: int, chance: random.Random) -> Row:
     """Kill the supervisor of a plan of two stages: at random, and just when the first stage has ended."""
     whole = two_stages(model, place / "whole")
     began = time.monotonic()
-    assert supervise(whole, resume=False).wait() == 0
+    assert ended(supervise(whole), within=None) == 0, (whole / "train.log").read_text()
     seconds = time.monotonic() - began
-    runs = equal = between = 0
+    done = in_checkpoint = before_first = between = runs = equal = 0
     greatest = 0.0
-    for number in range(kills):
-        folder = two_stages(model, place / f"run-{number}")
-        process = supervise(folder, resume=False)
-        if number % 2:
-            while not any(e["event"] == "end" for e in read_events(folder / "events.jsonl")):
-                time.sleep(0.001)
-            time.sleep(chance.uniform(0, 0.02))
-        else:
-            time.sleep(chance.uniform(0.5, seconds))
-        process.kill()
-        process.wait()
-        between += number % 2 and not (folder / "stages" / "1-sft" / "report.json").is_file()
-        unlocked(folder)
-        again = supervise(folder, resume=(folder / "events.jsonl").is_file())
-        assert again.wait() == 0
-        found = difference(whole, folder)
+    while done < kills:
+        folder = two_stages(model, place / f"run-{runs}")
+        for number in range(chance.randint(1, MOST_KILLS_A_RUN)):
+            pid = supervise(folder)
+            if number == 0 and runs % 2:
+                await_the_end_of_the_first(folder, pid)
+                wait = chance.uniform(0, 0.02)
+            else:
+                wait = chance.uniform(0.02, seconds)
+            if ended(pid, within=wait) is not None:
+                break
+            kill_supervisor(folder, pid, program_too=chance.random() < 0.5)
+            done += 1
+            in_checkpoint += half_written(folder)
+            before_first += not any(folder.glob("checkpoints/*/complete.json"))
+            between += between_stages(folder)
+        assert ended(supervise(folder), within=None) == 0, (folder / "train.log").read_text()
+        assert stages_in_order(folder), (folder / "events.jsonl").read_text()
+        found = max(difference(whole / one, folder / one) for one in ("stages/1-sft", "."))
         runs, equal, greatest = runs + 1, equal + (found == 0.0), max(greatest, found)
-        print(f"stages: {equal} of {runs} runs equal", file=sys.stderr, flush=True)
+        shutil.rmtree(folder.parent)
+        print(f"stages: {done} kills, {between} between, {equal} of {runs} runs equal", file=sys.stderr)
     return Row(
-        method=f"sft then dpo, supervisor killed ({between} while the first stage was put away)",
-        seconds=round(seconds, 1), kills=runs, in_checkpoint=0, before_first=0, runs=runs, equal=equal,
+        method=f"{STAGES} (kills between the stages: {between})", seconds=round(seconds, 1),
+        kills=done, in_checkpoint=in_checkpoint, before_first=before_first, runs=runs, equal=equal,
         greatest=greatest,
     )  # fmt: skip
 
 
-def table(found: list[Row]) -> str:
-    """Return the table with what it was measured on."""
+def between_stages(folder: Path) -> bool:
+    """Tell whether the first stage has ended and the second not begun."""
+    events = list(read_events(folder / "events.jsonl"))
+    return any(e["event"] == "end" for e in events) and not any(e["stage"] == "2-dpo" for e in events)
+
+
+def stages_in_order(folder: Path) -> bool:
+    """Tell whether the first stage was never begun again after it had ended."""
+    told = [(e["stage"], e["event"]) for e in read_events(folder / "events.jsonl")]
+    return ("1-sft", "start") not in told[told.index(("1-sft", "end")) :]
+
+
+def table(found: list[Row], kept: list[str]) -> str:
+    """Return the table with what it was measured on; `kept` are lines of an earlier one."""
     versions = installed_packages()
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "trl"))
     cpu, _ = cpu_identity(Path("/proc"))
     lines = [
         "# Killed and resumed", "",
-        f"{datetime.date.today()}, {named}; {cpu}; tiny random Llama, one thread.",
+        f"{named}; tiny random Llama, one thread.",
         "`python benchmarks/kill.py`", "",
         "| method | s a run | SIGKILLs | of them in a checkpoint | before the first checkpoint | runs "
-        "| ended bit-equal | greatest difference |",
-        "|---|---|---|---|---|---|---|---|",
+        "| ended bit-equal | greatest difference | measured |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *kept,
     ]  # fmt: skip
     lines += [
         f"| {row.method} | {row.seconds} | {row.kills} | {row.in_checkpoint} | {row.before_first} "
-        f"| {row.runs} | {row.equal} | {row.greatest:g} |"
+        f"| {row.runs} | {row.equal} | {row.greatest:g} | {datetime.date.today()}, {cpu} |"
         for row in found
     ]
     return "\n".join(lines) + "\n"
+
+
+def earlier(asked: list[str]) -> list[str]:
+    """Return the lines of the newest table whose methods are not measured now."""
+    files = sorted((HERE / "results").glob("kill-*.md"))
+    lines = files[-1].read_text(encoding="utf-8").splitlines() if files else []
+    found = [(match, line) for line in lines if (match := ROW.fullmatch(line))]
+    return [line for match, line in found if match["method"].split(" (")[0] not in asked]
 
 
 def main() -> None:
@@ -255,7 +353,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="of each method")
     parser.add_argument("--only", default=",".join(METHODS))
-    parser.add_argument("--stages", type=int, default=6, help="kills of a supervisor with two stages")
+    parser.add_argument("--stages", type=int, default=50, help="kills of a supervisor with two stages")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -267,18 +365,20 @@ def main() -> None:
     import advisor.train.reinforcement
     import advisor.train.trainer  # noqa: F401
 
+    methods = list(filter(None, given.only.split(",")))
+    kept = earlier([*methods, *([STAGES] if given.stages else [])])
     found: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         model = make_tiny_model(place / "model", hidden=128)
-        for method in filter(None, given.only.split(",")):
+        for method in methods:
             here = place / method.replace("/", "-")
             found.append(measure(method, model, here, kills=given.kills, chance=chance))
-            target.write_text(table(found), encoding="utf-8")
+            target.write_text(table(found, kept), encoding="utf-8")
         if given.stages:
             found.append(measure_stages(model, place / "stages", kills=given.stages, chance=chance))
-    target.write_text(table(found), encoding="utf-8")
-    print(table(found))
+    target.write_text(table(found, kept), encoding="utf-8")
+    print(table(found, kept))
 
 
 if __name__ == "__main__":
