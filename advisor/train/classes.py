@@ -7,10 +7,8 @@ drop a row without counting it; make up a class that no row has."""
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +17,9 @@ from torch.nn import functional
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
 
 from advisor.errors import DataError
-from advisor.rows import RowProblem, infer_mapping, read_rows, to_messages
-from advisor.train.data import ROWS_TO_INFER_FROM, Tally, told
-from advisor.train.model import DTYPES
+from advisor.train.data import Tally, conversations, told
 from advisor.train.settings import ClassifySettings
+from advisor.train.trainer import batches, judging
 from advisor.types import RecipeDataset, Record
 
 LABELS = "labels.json"
@@ -98,23 +95,13 @@ def prepare_classes(
 
 
 def _texts(datasets: tuple[RecipeDataset, ...], tally: Tally) -> Iterator[tuple[str, str]]:
-    for one in datasets:
-        numbered = read_rows(Path(one.path), format=one.format)
-        head = list(itertools.islice(numbered, ROWS_TO_INFER_FROM))
-        mapping = one.mapping or infer_mapping([row for _, row in head], where=one.path)[1]
-        for number, row in itertools.chain(head, numbered):
-            tally.read += 1
-            try:
-                said = to_messages(row, one.kind, mapping)
-            except RowProblem as problem:
-                tally.leave_out(problem.code, f"{one.name} row {number}")
-                continue
-            if said.text is None or said.label is None:
-                raise DataError(
-                    f"Data of the kind {one.kind!r} has no label for each text.",
-                    "A classifier head needs rows with a text and a label; else plan with --method lora.",
-                )
-            yield said.text, str(said.label)
+    for _, one, said in conversations(datasets, tally):
+        if said.text is None or said.label is None:
+            raise DataError(
+                f"Data of the kind {one.kind!r} has no label for each text.",
+                "A classifier head needs rows with a text and a label; else plan with --method lora.",
+            )
+        yield said.text, str(said.label)
 
 
 def _split(rows: list[Labelled], fraction: float) -> tuple[list[Labelled], list[Labelled]]:
@@ -153,17 +140,12 @@ def class_figures(
     if not rows:
         return {"loss": None}
     model = trainer.model
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    parts = []
-    enabled = settings.precision != "fp32"
-    with torch.no_grad(), torch.autocast(device.type, dtype=DTYPES[settings.precision], enabled=enabled):
-        for start in range(0, len(rows), settings.micro_batch):
-            chunk = [{"input_ids": row.tokens} for row in rows[start : start + settings.micro_batch]]
-            batch = {name: value.to(device) for name, value in trainer.data_collator(chunk).items()}
-            parts.append(model(**batch).logits.float().cpu())
-    model.train(was_training)
+    texts = [{"input_ids": row.tokens} for row in rows]
+    with judging(model, settings):
+        parts = [
+            model(**batch).logits.float().cpu()
+            for batch in batches(model, texts, trainer.data_collator, settings.micro_batch)
+        ]
     scores, wanted = torch.cat(parts), torch.tensor([row.label for row in rows])
     right = scores.argmax(dim=1) == wanted
     each = [float(right[wanted == label].float().mean()) for label in sorted(set(wanted.tolist()))]

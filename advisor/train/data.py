@@ -14,7 +14,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from advisor.errors import DataError, ModelError
-from advisor.rows import RowProblem, infer_mapping, read_rows, to_messages
+from advisor.rows import Conversation, RowProblem, infer_mapping, read_rows, to_messages
 from advisor.templates import TemplateRefusalError
 from advisor.train.answers import Rendered, Template, render_answers
 from advisor.train.settings import SftSettings
@@ -64,6 +64,16 @@ class Row(Record, frozen=True, kw_only=True):
     """The conversation as JSON."""
     cut: bool
     """Whether turns were left away at its end."""
+
+
+class HasKey(Protocol):
+    """A row with the hash that decides on which side of the split it lies."""
+
+    @property
+    def key(self) -> str: ...
+
+
+Keyed = TypeVar("Keyed", bound=HasKey)
 
 
 class Account(Record, frozen=True, kw_only=True):
@@ -136,6 +146,34 @@ class Tally:
     def leave_out_many(self, reason: str, count: int) -> None:
         if count:
             self.left_out[reason] += count
+
+
+def conversations(
+    datasets: tuple[RecipeDataset, ...], tally: Tally
+) -> Iterator[tuple[str, RecipeDataset, Conversation]]:
+    """Yield (`dataset row n`, its dataset, what the row says); a row that says nothing usable is counted.
+
+    Args:
+        datasets: paths are absolute, or relative to the working folder; a mapping that is not given is read
+            off the first rows.
+        tally: counts what was read and what was left out.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    for one in datasets:
+        numbered = read_rows(Path(one.path), format=one.format)
+        head = list(itertools.islice(numbered, ROWS_TO_INFER_FROM))
+        mapping = one.mapping or infer_mapping([row for _, row in head], where=one.path)[1]
+        for number, row in itertools.chain(head, numbered):
+            tally.read += 1
+            where = f"{one.name} row {number}"
+            try:
+                said = to_messages(row, one.kind, mapping)
+            except RowProblem as problem:
+                tally.leave_out(problem.code, where)
+            else:
+                yield where, one, said
 
 
 def prepare(
@@ -212,7 +250,7 @@ def prepare(
     )
 
 
-def split(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
+def split(rows: list[Keyed], fraction: float) -> tuple[list[Keyed], list[Keyed]]:
     """Return (held out, trained): the same rows whatever their order; equal rows are on the same side.
 
     A fraction above zero holds at least one row out, unless all rows are equal.
@@ -270,30 +308,21 @@ def by_dataset(rows: list[Row]) -> dict[str, Dataset]:
 
 
 def _rendered(datasets: tuple[RecipeDataset, ...], template: Template, tally: Tally) -> Iterator[_Item]:
-    for one in datasets:
-        numbered = read_rows(Path(one.path), format=one.format)
-        head = list(itertools.islice(numbered, ROWS_TO_INFER_FROM))
-        mapping = one.mapping or infer_mapping([row for _, row in head], where=one.path)[1]
-        for number, row in itertools.chain(head, numbered):
-            tally.read += 1
-            where = f"{one.name} row {number}"
-            try:
-                said = to_messages(row, one.kind, mapping)
-                if not said.messages:
-                    raise DataError(
-                        f"Data of the kind {one.kind!r} holds no answers to train on.",
-                        "Supervised fine-tuning needs questions with answers.",
-                    )
-                rendered = render_answers(template, said.messages, said.tools)
-            except RowProblem as problem:
-                tally.leave_out(problem.code, where)
-            except TemplateRefusalError:
-                tally.leave_out("template_refuses", where)
-            else:
-                turns = {"messages": said.messages, **({"tools": said.tools} if said.tools else {})}
-                content = orjson.dumps(turns, option=orjson.OPT_SORT_KEYS)
-                key = hashlib.sha256(content).hexdigest()
-                yield _Item(where=where, key=key, dataset=one.name, content=content, rendered=rendered)
+    for where, one, said in conversations(datasets, tally):
+        if not said.messages:
+            raise DataError(
+                f"Data of the kind {one.kind!r} holds no answers to train on.",
+                "Supervised fine-tuning needs questions with answers.",
+            )
+        try:
+            rendered = render_answers(template, said.messages, said.tools)
+        except TemplateRefusalError:
+            tally.leave_out("template_refuses", where)
+            continue
+        turns = {"messages": said.messages, **({"tools": said.tools} if said.tools else {})}
+        content = orjson.dumps(turns, option=orjson.OPT_SORT_KEYS)
+        key = hashlib.sha256(content).hexdigest()
+        yield _Item(where=where, key=key, dataset=one.name, content=content, rendered=rendered)
 
 
 def _tokenised(

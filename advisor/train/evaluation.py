@@ -20,12 +20,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from advisor.resources import kb_dir
 from advisor.templates import TemplateRefusalError
 from advisor.train.answers import Template, render_prompt
+from advisor.train.data import IGNORED
 from advisor.train.model import DTYPES, model_place
 from advisor.train.settings import Settings
 from advisor.train.tuners import virtual_tokens
 from advisor.types import Asked, Measured, RecipeModel, RowLoss
 
-IGNORED = -100
 PROBES = "general_prompts.jsonl"
 """A model folder may bring its own general questions; else those of kb/probes/ are asked."""
 MOST_ROWS, MOST_SAMPLES, MOST_PROBES = 128, 32, 160

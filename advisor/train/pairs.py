@@ -7,9 +7,7 @@ account of what was left out. Never does: cut an answer; let the same prompt lie
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,10 +16,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from advisor.errors import DataError
-from advisor.rows import Conversation, Message, RowProblem, infer_mapping, read_rows, to_messages
+from advisor.rows import Conversation, Message
 from advisor.templates import TemplateRefusalError
 from advisor.train.answers import Template, Tools, render_answers
-from advisor.train.data import ROWS_TO_INFER_FROM, Tally, told
+from advisor.train.data import Tally, conversations, split, told
 from advisor.train.model import Ending
 from advisor.train.session import Session
 from advisor.train.settings import Settings
@@ -105,7 +103,7 @@ def prepare_judged(
     tally = Tally()
     rows = [
         row
-        for where, said in _said(datasets, tally)
+        for where, _, said in conversations(datasets, tally)
         for row in _tokenised(said, where, tokenizer, template, tally, max_tokens=max_tokens, single=single)
     ]
     if not rows or (single and len({row.good for row in rows}) < 2):
@@ -115,7 +113,7 @@ def prepare_judged(
             "Look at the rows: ftadvisor inspect FILE",
             code="no_supervised_tokens",
         )
-    heldout, train = _split(rows, heldout_fraction)
+    heldout, train = split(rows, heldout_fraction)
     answers = [len(row.chosen) + len(row.rejected) for row in train]
     account = {
         "rows": len(train), "heldout_rows": len(heldout), "rows_read": tally.read,
@@ -128,19 +126,6 @@ def prepare_judged(
         train=tuple(train), heldout=tuple(heldout), account=account,
         left_out=told(tally.left_out, tally.examples),
     )  # fmt: skip
-
-
-def _said(datasets: tuple[RecipeDataset, ...], tally: Tally) -> Iterator[tuple[str, Conversation]]:
-    for one in datasets:
-        numbered = read_rows(Path(one.path), format=one.format)
-        head = list(itertools.islice(numbered, ROWS_TO_INFER_FROM))
-        mapping = one.mapping or infer_mapping([row for _, row in head], where=one.path)[1]
-        for number, row in itertools.chain(head, numbered):
-            tally.read += 1
-            try:
-                yield f"{one.name} row {number}", to_messages(row, one.kind, mapping)
-            except RowProblem as problem:
-                tally.leave_out(problem.code, f"{one.name} row {number}")
 
 
 def _tokenised(
@@ -190,13 +175,6 @@ def answer_tokens(
     if len(ids) > max_tokens:
         return "too_long"
     return ids[:begin], ids[begin:]
-
-
-def _split(rows: list[Judged], fraction: float) -> tuple[list[Judged], list[Judged]]:
-    keys = sorted({row.key for row in rows})
-    wanted = min(len(keys) - 1, max(1, round(len(keys) * fraction))) if fraction > 0 else 0
-    chosen = set(keys[:wanted])
-    return [row for row in rows if row.key in chosen], [row for row in rows if row.key not in chosen]
 
 
 def _sample(row: Judged, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:

@@ -21,12 +21,12 @@ from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
+from advisor.train.data import IGNORED
 from advisor.train.evaluation import Evaluator
-from advisor.train.model import DTYPES
-from advisor.train.pairs import Judged, open_judged, pair_table
+from advisor.train.pairs import Judged, open_judged, pair_table, whole_table
 from advisor.train.session import HELDOUT, Session, carry_out, open_model, open_tokenizer, trainer_arguments
 from advisor.train.settings import Settings
-from advisor.train.trainer import IGNORED, pad_multiple
+from advisor.train.trainer import batches, judging, pad_multiple
 from advisor.train.tuners import trained_to_fp32
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -225,9 +225,7 @@ class HeldOutPairs:
             beta: margins are told in units of the reward, beta times the log-ratio.
         """
         self._trainer, self._settings, self._beta = trainer, settings, beta
-        self._rows = [
-            {"prompt_ids": row.prompt, "chosen_ids": row.chosen, "rejected_ids": row.rejected} for row in rows
-        ]
+        self._rows = pair_table(rows)
         self._collate = collator(settings, pad_id=pad_id)
         self._before = self._logps()
 
@@ -253,23 +251,12 @@ class HeldOutPairs:
     def _logps(self) -> torch.Tensor:
         chunked = self._settings.loss == "chunked"
         model = self._trainer.model
-        with chunked_head(model) if chunked else contextlib.nullcontext():
-            parts = [answer_logps(model, batch, chunked=chunked)[0].view(2, -1) for batch in self._batches()]
+        with chunked_head(model) if chunked else contextlib.nullcontext(), judging(model, self._settings):
+            parts = [
+                answer_logps(model, batch, chunked=chunked)[0].view(2, -1)
+                for batch in batches(model, self._rows, self._collate, self._settings.micro_batch)
+            ]
         return torch.cat(parts, dim=1).float().cpu() if parts else torch.zeros(2, 0)
-
-    def _batches(self) -> Iterable[dict[str, Any]]:
-        model = self._trainer.model
-        device = next(model.parameters()).device
-        was_training = model.training
-        model.eval()
-        enabled = self._settings.precision != "fp32"
-        dtype = DTYPES[self._settings.precision]
-        size = self._settings.micro_batch
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
-            for start in range(0, len(self._rows), size):
-                batch = self._collate(self._rows[start : start + size])
-                yield {name: value.to(device) for name, value in batch.items()}
-        model.train(was_training)
 
 
 def reward_figures(trainer: Any, rows: list[Judged], settings: Settings) -> dict[str, float | None]:
@@ -277,22 +264,11 @@ def reward_figures(trainer: Any, rows: list[Judged], settings: Settings) -> dict
     if not rows:
         return {"loss": None}
     model = trainer.model
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     margins = []
-    enabled = settings.precision != "fp32"
-    with torch.no_grad(), torch.autocast(device.type, dtype=DTYPES[settings.precision], enabled=enabled):
-        for start in range(0, len(rows), settings.micro_batch):
-            part = rows[start : start + settings.micro_batch]
-            table = [
-                {"chosen_ids": row.prompt + row.chosen, "rejected_ids": row.prompt + row.rejected}
-                for row in part
-            ]
-            batch = {name: value.to(device) for name, value in trainer.data_collator(table).items()}
+    with judging(model, settings):
+        for batch in batches(model, whole_table(rows), trainer.data_collator, settings.micro_batch):
             chosen, rejected = model(**batch, use_cache=False).logits.float().squeeze(-1).chunk(2)
             margins.append(chosen - rejected)
-    model.train(was_training)
     found = torch.cat(margins)
     return {
         "loss": float(-functional.logsigmoid(found).mean()),

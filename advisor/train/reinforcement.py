@@ -5,11 +5,9 @@ does: move the random state of the training; begin a training in which every ans
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import RepeatSampler
 
 from advisor.errors import DataError, RefusedError
-from advisor.rows import RowProblem, infer_mapping, read_rows, to_messages
 from advisor.templates import TemplateRefusalError
 from advisor.train.answers import Template, render_prompt
-from advisor.train.data import ROWS_TO_INFER_FROM, Tally, told
+from advisor.train.data import Tally, conversations, told
 from advisor.train.evaluation import Evaluator
 from advisor.train.rewards import Reward, rewards_of
 from advisor.train.session import HELDOUT, Session, carry_out, open_model, open_tokenizer, trainer_arguments
@@ -56,16 +53,16 @@ def prepare_prompts(
     """
     tally = Tally()
     rows, tokens = [], []
-    for where, prompt, reference in _read(datasets, tally):
+    for where, _, said in conversations(datasets, tally):
         try:
-            size = len(tokenizer.encode(render_prompt(template, prompt), add_special_tokens=False))
+            size = len(tokenizer.encode(render_prompt(template, said.prompt), add_special_tokens=False))
         except TemplateRefusalError:
             tally.leave_out("template_refuses", where)
             continue
         if size > settings.max_seq_len:
             tally.leave_out("too_long", where)
             continue
-        rows.append({"prompt": prompt, "reference": reference})
+        rows.append({"prompt": said.prompt, "reference": said.reference})
         tokens.append(size)
     if not rows:
         reasons = told(tally.left_out, tally.examples) or "there are none"
@@ -81,21 +78,6 @@ def prepare_prompts(
         rows=Dataset.from_list(rows), answered=answered, account=account,
         left_out=told(tally.left_out, tally.examples),
     )  # fmt: skip
-
-
-def _read(datasets: tuple[RecipeDataset, ...], tally: Tally) -> Iterator[tuple[str, Any, str | None]]:
-    for one in datasets:
-        numbered = read_rows(Path(one.path), format=one.format)
-        head = list(itertools.islice(numbered, ROWS_TO_INFER_FROM))
-        mapping = one.mapping or infer_mapping([row for _, row in head], where=one.path)[1]
-        for number, row in itertools.chain(head, numbered):
-            tally.read += 1
-            try:
-                said = to_messages(row, one.kind, mapping)
-            except RowProblem as problem:
-                tally.leave_out(problem.code, f"{one.name} row {number}")
-                continue
-            yield f"{one.name} row {number}", said.prompt, said.reference
 
 
 class Sampled:

@@ -6,17 +6,14 @@ one row (the trainer packs them, and keeps them apart); drop the rest of a long 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from advisor.errors import DataError
-from advisor.rows import RowProblem, infer_mapping, read_rows, to_messages
-from advisor.train.data import ROWS_TO_INFER_FROM, Row, Tally, by_dataset, replay, split, table, told
+from advisor.train.data import Row, Tally, by_dataset, conversations, replay, split, table, told
 from advisor.train.settings import CptSettings
 from advisor.types import RecipeDataset, Record
 
@@ -79,7 +76,8 @@ def _rows(
     settings: CptSettings,
     tally: Tally,
 ) -> Iterator[Row]:
-    for where, name, text in _texts(datasets, tally):
+    for where, one, said in conversations(datasets, tally):
+        text = said.text if said.text is not None else "\n".join(m["content"] for m in said.messages)
         ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
         key = hashlib.sha256(text.encode()).hexdigest()
         for start in range(0, len(ids), settings.max_seq_len):
@@ -88,21 +86,4 @@ def _rows(
                 if start == 0:
                     tally.leave_out("nothing_trained", where)
                 continue
-            yield Row(tokens=piece, labels=piece, key=key, dataset=name, content=b"", cut=False)
-
-
-def _texts(datasets: tuple[RecipeDataset, ...], tally: Tally) -> Iterator[tuple[str, str, str]]:
-    for one in datasets:
-        numbered = read_rows(Path(one.path), format=one.format)
-        head = list(itertools.islice(numbered, ROWS_TO_INFER_FROM))
-        mapping = one.mapping or infer_mapping([row for _, row in head], where=one.path)[1]
-        for number, row in itertools.chain(head, numbered):
-            tally.read += 1
-            where = f"{one.name} row {number}"
-            try:
-                said = to_messages(row, one.kind, mapping)
-            except RowProblem as problem:
-                tally.leave_out(problem.code, where)
-                continue
-            text = said.text if said.text is not None else "\n".join(m["content"] for m in said.messages)
-            yield where, one.name, text
+            yield Row(tokens=piece, labels=piece, key=key, dataset=one.name, content=b"", cut=False)

@@ -5,7 +5,8 @@ Goes in: tokenised rows with labels. Comes out: losses. Never does: tokenise, do
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from trl import SFTTrainer
 
+from advisor.train.data import IGNORED
 from advisor.train.model import DTYPES
 from advisor.train.settings import Settings
-
-IGNORED = -100
-"""Label of a token that is not trained on; torch's convention."""
-
 
 ENCODER = "prompt_encoder.safetensors"
 """In a checkpoint of p-tuning: the network that writes the virtual tokens."""
@@ -103,6 +101,38 @@ def _loses_its_encoder(model: torch.nn.Module) -> bool:
     return isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.P_TUNING
 
 
+@contextlib.contextmanager
+def judging(model: torch.nn.Module, settings: Settings) -> Iterator[None]:
+    """Evaluation mode, no gradients and the precision of the training; afterwards all is as before."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    enabled = settings.precision != "fp32"
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype=DTYPES[settings.precision], enabled=enabled):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def batches(
+    model: torch.nn.Module,
+    rows: Dataset | Sequence[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    size: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield `size` rows at a time as `collate` makes them, on the device of the model, in their order.
+
+    Without a data loader no random state moves, so that a run that measures ends like one that does not."""
+    device = next(model.parameters()).device
+    for start in range(0, len(rows), size):
+        made = collate([dict(rows[n]) for n in range(start, min(start + size, len(rows)))])
+        yield {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in made.items()
+        }
+
+
 def heldout_figures(
     trainer: AnswerTrainer, rows: dict[str, Dataset], settings: Settings, *, remembered: Collection[str] = ()
 ) -> dict[str, float | None]:
@@ -139,51 +169,25 @@ def word_for_word(trainer: AnswerTrainer, rows: Dataset, settings: Settings) -> 
     One row at a time and of long datasets the first `MOST_EXACT`, so that it takes little memory and time.
     """
     model = trainer.model
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    enabled = settings.precision != "fp32"
     exact, few = 0, rows.select(range(min(len(rows), MOST_EXACT)))
-    with torch.no_grad(), torch.autocast(device.type, dtype=DTYPES[settings.precision], enabled=enabled):
-        for row in few:
-            batch = {
-                name: value.to(device) if isinstance(value, torch.Tensor) else value
-                for name, value in trainer.data_collator([dict(row)]).items()
-            }
+    with judging(model, settings):
+        for batch in batches(model, few, trainer.data_collator, 1):
             labels = batch.pop("labels")[0, 1:]
             used = (labels != IGNORED).nonzero().squeeze(1)
             logits = model(**batch, use_cache=False, logits_to_keep=used + trainer.virtual_tokens).logits
             exact += int(torch.equal(logits[0].argmax(dim=-1), labels[used]))
-    model.train(was_training)
     return exact / len(few)
 
 
 def mean_token_loss(trainer: AnswerTrainer, rows: Dataset | None, settings: Settings) -> float | None:
-    """Return the mean loss over all trained tokens of `rows`; None without rows.
-
-    It is computed without a data loader and in evaluation mode, so that no random state moves: a run that
-    measures in between and one that does not end in the same weights."""
+    """Return the mean loss over all trained tokens of `rows`; None without rows."""
     if rows is None or len(rows) == 0:
         return None
     model = trainer.model
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total, tokens = 0.0, 0
-    autocast = torch.autocast(
-        device.type, dtype=DTYPES[settings.precision], enabled=settings.precision != "fp32"
-    )
-    with torch.no_grad(), autocast:
-        for start in range(0, len(rows), settings.micro_batch):
-            chunk = [
-                dict(row) for row in rows.select(range(start, min(start + settings.micro_batch, len(rows))))
-            ]
-            batch = {
-                name: value.to(device) if isinstance(value, torch.Tensor) else value
-                for name, value in trainer.data_collator(chunk).items()
-            }
+    with judging(model, settings):
+        for batch in batches(model, rows, trainer.data_collator, settings.micro_batch):
             trained = int((batch["labels"][:, 1:] != IGNORED).sum())
             total += float(trainer.compute_loss(model, batch)) * trained
             tokens += trained
-    model.train(was_training)
     return total / max(tokens, 1)
