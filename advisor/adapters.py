@@ -26,6 +26,7 @@ from advisor.export.source import find_trained
 from advisor.probe.host import memory
 from advisor.probe.load import free_cores
 from advisor.resources import starter_dir
+from advisor.templates import newest_turns
 from advisor.train import bottleneck
 from advisor.types import Record
 from advisor.units import format_bytes
@@ -239,15 +240,7 @@ class AdapterChat:
         known = int(getattr(self._model().config, "max_position_embeddings", CONTEXT_TOKENS))
         context = min(known, CONTEXT_TOKENS)
         room = context - min(self._max_tokens, context // 4)
-        kept, turns = (1 if self._system is not None else 0), [*self.messages, message]
-        while len(ids := self._ids(turns)) > room:
-            if len(turns) <= kept + 1:
-                raise InputError(
-                    f"The text has {len(ids)} tokens; this model has room for {room} beside its answer.",
-                    "Shorten it.",
-                )
-            del turns[kept : kept + 2]
-        self.messages = turns
+        self.messages, ids = newest_turns([*self.messages, message], self._ids, room=room)
         return ids
 
     def _ids(self, turns: list[dict[str, str]]) -> list[int]:

@@ -22,6 +22,7 @@ from advisor.lora_files import Adapters
 from advisor.probe.gguf_file import NORMALISER_KEY
 from advisor.prompt_cache import start_with
 from advisor.running import CacheType, Said, plan_running
+from advisor.templates import newest_turns
 
 _TOP_K, _TOP_P, _MIN_P = 40, 0.95, 0.05
 
@@ -128,17 +129,8 @@ class ChatSession:
     def _prompt(self, message: dict[str, str]) -> list[int]:
         """Return the token ids of the conversation; the oldest turns make room, the system prompt stays."""
         room = self.context_tokens - min(self._max_tokens, self.context_tokens // 4)
-        kept = 1 if self._system is not None else 0
-        turns = [*self.messages, message]
-        while len(tokens := self._tokens(turns)) > room:
-            if len(turns) <= kept + 1:
-                raise InputError(
-                    f"The text has {len(tokens)} tokens; this model has room for {room} beside its answer.",
-                    "Shorten it.",
-                )
-            del turns[kept : kept + 2]
-        self.messages = turns
-        return tokens
+        self.messages, ids = newest_turns([*self.messages, message], self._tokens, room=room)
+        return ids
 
     def _tokens(self, turns: list[dict[str, str]]) -> list[int]:
         if self._render is None:

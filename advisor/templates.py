@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -22,7 +22,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from advisor.errors import ModelError
+from advisor.errors import InputError, ModelError
 
 # Unicode noncharacters: no text holds them, so they can mark where generated text begins and ends.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
@@ -175,6 +175,32 @@ def render_with_spans(
             text.append(piece)
             length += len(piece)
     return "".join(text), spans
+
+
+def newest_turns(
+    turns: Sequence[dict[str, str]], tokens: Callable[[list[dict[str, str]]], list[int]], *, room: int
+) -> tuple[list[dict[str, str]], list[int]]:
+    """Return the conversation and its token ids; the oldest questions with their answers make room, a system
+    prompt and the last question stay.
+
+    Args:
+        turns: oldest first, perhaps a system prompt before them.
+        tokens: gives the token ids of a conversation.
+        room: the most tokens.
+
+    Raises:
+        InputError: what has to stay does not fit.
+    """
+    kept = int(turns[0]["role"] == "system")
+    left = list(turns)
+    while len(ids := tokens(left)) > room:
+        if len(left) <= kept + 1:
+            raise InputError(
+                f"The text has {len(ids)} tokens; this model has room for {room} beside its answer.",
+                "Shorten it.",
+            )
+        del left[kept : kept + 2]
+    return left, ids
 
 
 def has_generation_markers(template: str) -> bool:

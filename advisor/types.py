@@ -225,7 +225,6 @@ class Goal(Record, frozen=True, kw_only=True):
     requested_method: str | None = None
     storage_per_task_kb: float | None = None
     max_hours: float | None = None
-    max_disk_bytes: int | None = None
     model_state: Literal["own_sft", "merged", "has_adapter"] | None = None
     force: bool = False
 

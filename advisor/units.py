@@ -1,22 +1,11 @@
-"""Formats and parses bytes, counts and durations; the only place where GiB exists.
+"""Formats bytes, counts and durations; the only place where GiB exists.
 
-Goes in: plain numbers in bytes, tokens, seconds, or text such as "12 GiB". Comes out: text or bytes.
+Goes in: plain numbers in bytes, tokens, seconds. Comes out: text, or bytes. Never does: round what is kept.
 """
 
 from __future__ import annotations
 
-import re
-
-from advisor.errors import UsageError
-
-KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
-_FACTORS = {
-    "": 1, "b": 1,
-    "k": KIB, "kb": 1000, "kib": KIB,
-    "m": MIB, "mb": 1000**2, "mib": MIB,
-    "g": GIB, "gb": 1000**3, "gib": GIB,
-    "t": TIB, "tb": 1000**4, "tib": TIB,
-}  # fmt: skip
+GIB = 1024**3
 
 
 def gib(bytes_: float) -> float:
@@ -37,18 +26,6 @@ def format_bytes(bytes_: float) -> str:
             return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
         value /= 1024
     return f"{value:.3g} TiB"
-
-
-def parse_bytes(text: str) -> int:
-    """Parse `12`, `12 GB` (decimal), `12GiB`, `12g` (binary) into bytes.
-
-    Raises:
-        UsageError: the text is not a size.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].lower() not in _FACTORS:
-        raise UsageError(f"{text!r} is not a size.", "Write for example 12GiB, 800MB or 1.5TB.")
-    return round(float(match[1]) * _FACTORS[match[2].lower()])
 
 
 def format_count(value: float) -> str:
