@@ -17,6 +17,7 @@ from advisor.earlier import read_finished
 from advisor.errors import RefusedError, UsageError
 from advisor.inputs import Inputs, declared
 from advisor.knowledge import Knowledge
+from advisor.probe.calibration import measured_rates
 from advisor.probe.dataset import profile_dataset
 from advisor.probe.hardware import probe_hardware
 from advisor.probe.model import read_model, tokenizer_file
@@ -105,10 +106,12 @@ def profiles_of(inputs: Inputs, knowledge: Knowledge, notify: Notify) -> tuple[D
 
 
 def hardware_of(inputs: Inputs, knowledge: Knowledge) -> Hardware:
-    """Return the machine to plan for: declared by `--hardware`, else probed."""
+    """Return the machine to plan for: declared by `--hardware`, else probed, with its measured rates."""
     if inputs.hardware is None:
         output = Path(inputs.out) if inputs.out else Path.cwd()
-        return probe_hardware(output=output, cache=cache_dir())
+        found = probe_hardware(output=output, cache=cache_dir())
+        days = knowledge.rules["probe"]["bench"]["recent_days"]
+        return msgspec.structs.replace(found, rates=measured_rates(found, recent_days=days))
     path = Path(inputs.hardware)
     if path.suffix in (".yaml", ".yml", ".json"):
         declared: Any = read_yaml(path, error=UsageError, remedy="The keys: ftadvisor explain scenario")

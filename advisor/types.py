@@ -80,6 +80,25 @@ class Volume(Record, frozen=True, kw_only=True):
     free_bytes: int
 
 
+class MatrixBench(Record, frozen=True, kw_only=True):
+    """What the device reached for a moment: matrix products and copies, measured by `probe --bench`."""
+
+    device: str
+    threads: int = 0
+    """Of the processor; 0 on an accelerator."""
+    flops: dict[str, float]
+    """Floating-point operations a second, by precision."""
+    copy_bytes_per_second: float
+    """Bytes read plus bytes written."""
+    seconds: float
+    date: str = ""
+    """Day on which it was measured, ISO."""
+    torch: str = ""
+    """Version that measured it."""
+    disturbed: bool = False
+    """Other programs used the processor meanwhile: such figures are shown and not reckoned with."""
+
+
 class Hardware(Record, frozen=True, kw_only=True):
     """The machine that will train."""
 
@@ -96,6 +115,13 @@ class Hardware(Record, frozen=True, kw_only=True):
     os: str = ""
     origin: Origin = "probed"
     findings: tuple[Finding, ...] = ()
+    rates: MatrixBench | None = None
+    """What was measured here lately, by the same torch on as many cores; time estimates begin with it."""
+
+    @property
+    def device_name(self) -> str:
+        """Name of what trains here: the first accelerator, or the processor."""
+        return self.accelerators[0].name if self.accelerators else self.cpu_name
 
 
 # --- the model -----------------------------------------------------------------------------------
@@ -355,6 +381,8 @@ class TimeEstimate(Record, frozen=True, kw_only=True):
     seconds_per_step: Band
     seconds: Band
     tokens_per_second: Band
+    source: str
+    """Where the device's rates are from: a key of kb/sources.toml, or `measured here on DATE (versions)`."""
     notes: tuple[str, ...] = ()
 
 
@@ -374,6 +402,8 @@ class StageEstimate(Record, frozen=True, kw_only=True):
     peak_bytes: Band
     parts: dict[str, int]
     seconds: Band
+    seconds_source: str = ""
+    """As in TimeEstimate."""
     disk_bytes: int
     phase: str = ""
     trainable_parameters: int = 0
@@ -606,19 +636,6 @@ class StepProbe(Record, frozen=True, kw_only=True):
     steps_planned: int = 0
     steps_measured: int = 0
     longest_tokens: int = 0
-
-
-class MatrixBench(Record, frozen=True, kw_only=True):
-    """What the device reached for a moment: matrix products and copies, measured by `probe --bench`."""
-
-    device: str
-    threads: int = 0
-    """Of the processor; 0 on an accelerator."""
-    flops: dict[str, float]
-    """Floating-point operations a second, by precision."""
-    copy_bytes_per_second: float
-    """Bytes read plus bytes written."""
-    seconds: float
 
 
 class Observation(Record, frozen=True, kw_only=True):

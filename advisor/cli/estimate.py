@@ -16,7 +16,7 @@ from advisor.estimate.time import estimate_time
 from advisor.intake import hardware_of, model_spec, own_cache_dir
 from advisor.knowledge import Knowledge, load
 from advisor.probe.calibration import calibration_file, observations
-from advisor.types import Band, Hardware, MemoryEstimate, MemorySettings, ModelSpec, Part
+from advisor.types import Band, Hardware, MemoryEstimate, MemorySettings, ModelSpec, Part, TimeEstimate
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -37,6 +37,8 @@ class EstimateAnswer(msgspec.Struct, frozen=True, kw_only=True):
     formulas: tuple[Part, ...]
     engine: str
     seconds_per_step: Band | None
+    seconds_source: str | None
+    """A key of kb/sources.toml, or `measured here on DATE (versions)`."""
     notes: tuple[str, ...]
 
 
@@ -132,8 +134,9 @@ def estimate(
         parts={part.name: part.bytes for part in found.parts},
         formulas=found.parts,
         engine=found.engine,
-        seconds_per_step=speed,
-        notes=found.notes,
+        seconds_per_step=speed.seconds_per_step if speed else None,
+        seconds_source=speed.source if speed else None,
+        notes=found.notes + (speed.notes if speed else ()),
     )
     if as_json:
         print_json(answer)
@@ -175,8 +178,8 @@ def _memory(spec: ModelSpec, settings: MemorySettings, engine: str, knowledge: K
 
 def _seconds(
     spec: ModelSpec, settings: MemorySettings, machine: Hardware, knowledge: Knowledge
-) -> Band | None:
-    """Seconds of one step of full rows on `machine`; None where it has no device of the asked kind."""
+) -> TimeEstimate | None:
+    """Time of one step of full rows on `machine`; None where it has no device of the asked kind."""
     first = machine.accelerators[0] if machine.accelerators else None
     if settings.device == "cuda" and first is None:
         return None
@@ -185,4 +188,4 @@ def _seconds(
         spec, settings, rows=sequences, epochs=1, effective_batch=sequences, max_steps=1,
         mean_tokens=settings.seq_len, lengths=None, hardware=machine, rules=knowledge.rules["time"],
         accelerator=knowledge.accelerators[first.kb_id] if first and first.kb_id else None,
-    ).seconds_per_step  # fmt: skip
+    )  # fmt: skip

@@ -53,6 +53,7 @@ def probe(hardware: str | None, out: Path | None, *, recipe: Path | None, bench:
 
         say("Multiplying matrices")
         rates = measure(found, knowledge)
+        found = msgspec.structs.replace(found, rates=rates)
     steps = _steps(recipe, found, knowledge, quiet=as_json) if recipe is not None else ()
     fits = all(one.fits for one in steps)
     if as_json:
@@ -60,8 +61,7 @@ def probe(hardware: str | None, out: Path | None, *, recipe: Path | None, bench:
     else:
         from advisor.ui import measured, render
 
-        drawn = [render.hardware(found)] if not steps else []
-        drawn += [measured.matrix_bench(rates)] if rates is not None else []
+        drawn = [render.hardware(found)] if bench or not steps else []
         print_text(*drawn, *map(measured.step_probe, steps))
     if not fits:
         raise click.exceptions.Exit(DOES_NOT_FIT)

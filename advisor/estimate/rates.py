@@ -1,7 +1,7 @@
 """How many operations does one micro batch take, and how fast does the device do them?
 
-Goes in: a ModelSpec, MemorySettings, the facts of the device and kb/rules/time.toml. Comes out: operations,
-and a `Rate`. Never does: measure; count steps.
+Goes in: a ModelSpec, MemorySettings, the facts of the device and, with the Hardware, what was measured of it;
+kb/rules/time.toml. Comes out: operations, and a `Rate`. Never does: measure; count steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from advisor.estimate.activations import in_tiles, saved_per_token, trains_every
 from advisor.estimate.layers import Layout
 from advisor.estimate.states import trained_bytes
 from advisor.estimate.tunable import outputs
-from advisor.types import AcceleratorFacts, Hardware, MemorySettings, ModelSpec, Record
+from advisor.types import AcceleratorFacts, Hardware, MatrixBench, MemorySettings, ModelSpec, Record
 
 Rules = Mapping[str, Any]
 
@@ -38,6 +38,8 @@ class Rate(Record, frozen=True, kw_only=True):
     low: float
     high: float
     """Factors of the band."""
+    source: str
+    """As in TimeEstimate."""
     notes: tuple[str, ...] = ()
 
 
@@ -66,33 +68,70 @@ def rate(
     hardware: Hardware,
     rules: Rules,
 ) -> Rate:
-    """Return what the device reaches; an unknown device gets a slow guess, a wide band and a note."""
+    """Return what the device reaches: by what was measured there where that is known, else by kb/.
+
+    An unknown device that was not measured gets a slow guess, a wide band and a note.
+    """
+    measured = _measured(settings, hardware)
     if settings.device == "cpu":
-        return _processor(settings, hardware, rules["cpu"])
+        return _processor(settings, hardware, measured, rules["cpu"])
     facts = rules["gpu"]
     group = "full" if trains_everything(settings) else "adapters"
     layer = facts["layer_seconds_quantised" if settings.weight_bits < 16 else f"layer_seconds_{group}"]
-    notes: tuple[str, ...] = ()
-    low, high = facts["spread"]["low"], facts["spread"]["high"]
-    tflops = accelerator.tflops if accelerator else None
-    bandwidth = accelerator.bandwidth_gb_per_s if accelerator else None
-    if tflops is None or bandwidth is None:
-        notes = ("the rate of this device is not known: a slow one is assumed and the range is wide",)
-        low, high = facts["unknown_spread"]["low"], facts["unknown_spread"]["high"]
-    generation = accelerator.generation if accelerator else ""
-    reached = facts["utilisation"].get(generation, facts["utilisation"]["other"])
-    share = facts["fp32_share"].get(generation, facts["fp32_share"]["other"])
-    wide = share if settings.precision == "fp32" else 1.0
+    known = accelerator is not None and None not in (accelerator.tflops, accelerator.bandwidth_gb_per_s)
+    flops, moved = _nominal(settings, accelerator, facts)
+    if measured is not None:
+        reached, product = (
+            _by_generation(facts[name], accelerator) for name in ("utilisation", "product_share")
+        )
+        flops, moved = (
+            measured.flops[settings.precision] * reached / product,
+            measured.copy_bytes_per_second,
+        )
+    spread = facts["spread" if known or measured else "unknown_spread"]
+    slow = "the rate of this device is not known: a slow one is assumed and the range is wide"
     return Rate(
-        flops=(tflops or facts["unknown_tflops"]) * 1e12 * reached * wide,
-        bytes=(bandwidth or facts["unknown_gb_per_s"]) * 1e9 * facts["bandwidth_share"],
+        flops=flops,
+        bytes=moved,
         overhead_seconds=layer * plan.blocks,
         token_seconds=facts["token_layer_seconds"] * plan.blocks,
         link=_link(accelerator, rules["link"]),
-        low=low,
-        high=high,
-        notes=notes,
+        low=spread["low"],
+        high=spread["high"],
+        source=measured_here(measured) if measured else facts["source"],
+        notes=() if known or measured else (slow,),
     )
+
+
+def _measured(settings: MemorySettings, hardware: Hardware) -> MatrixBench | None:
+    """What was measured of the device that trains, in the precision that it computes in; None: nothing."""
+    found = hardware.rates
+    if found is None or (found.threads > 0) != (settings.device == "cpu"):
+        return None
+    return found if settings.precision in found.flops else None
+
+
+def measured_here(found: MatrixBench) -> str:
+    """Say of which measurement a rate is: when, and with which versions."""
+    threads = f", {found.threads} threads" if found.threads > 1 else ", 1 thread" if found.threads else ""
+    return f"measured here on {found.date} (torch {found.torch}{threads})"
+
+
+def _nominal(
+    settings: MemorySettings, accelerator: AcceleratorFacts | None, facts: Mapping[str, Any]
+) -> tuple[float, float]:
+    """(operations a second that training reaches, bytes a second that memory moves) by kb/."""
+    tflops = accelerator.tflops if accelerator else None
+    bandwidth = accelerator.bandwidth_gb_per_s if accelerator else None
+    wide = _by_generation(facts["fp32_share"], accelerator) if settings.precision == "fp32" else 1.0
+    return (
+        (tflops or facts["unknown_tflops"]) * 1e12 * _by_generation(facts["utilisation"], accelerator) * wide,
+        (bandwidth or facts["unknown_gb_per_s"]) * 1e9 * facts["bandwidth_share"],
+    )
+
+
+def _by_generation(table: Mapping[str, float], accelerator: AcceleratorFacts | None) -> float:
+    return float(table.get(accelerator.generation if accelerator else "", table["other"]))
 
 
 def _link(accelerator: AcceleratorFacts | None, facts: Mapping[str, Any]) -> float:
@@ -117,7 +156,9 @@ def reduce_seconds(settings: MemorySettings, device: Rate, trainable: int) -> fl
     return 2 * trainable * trained_bytes(settings) * (settings.gpus - 1) / settings.gpus / device.link
 
 
-def _processor(settings: MemorySettings, hardware: Hardware, facts: Mapping[str, Any]) -> Rate:
+def _processor(
+    settings: MemorySettings, hardware: Hardware, measured: MatrixBench | None, facts: Mapping[str, Any]
+) -> Rate:
     features, half = set(hardware.cpu_features), settings.precision != "fp32"
     kind = "plain"
     if half and features & set(facts["amx_features"]):
@@ -128,15 +169,19 @@ def _processor(settings: MemorySettings, hardware: Hardware, facts: Mapping[str,
         kind = "avx512"
     several = max(1, hardware.cpu_cores) ** facts["scaling_exponent"]
     group = "full" if trains_everything(settings) else "adapters"
+    product = facts["flops_per_core"][kind] * several
+    if measured is not None:
+        product = measured.flops[settings.precision] * facts["product_share"]
     return Rate(
-        flops=facts["flops_per_core"][kind] * several,
+        flops=product,
         kept_byte_seconds=facts["kept_byte_seconds"][group] / several,
         logit_seconds=facts["logit_seconds"] / several,
-        bytes=facts["gb_per_s"] * 1e9,
+        bytes=measured.copy_bytes_per_second if measured else facts["gb_per_s"] * 1e9,
         overhead_seconds=facts["overhead_seconds"],
         token_seconds=facts["token_seconds"],
         low=facts["spread"]["low"],
         high=facts["spread"]["high"],
+        source=measured_here(measured) if measured else facts["source"],
     )
 
 

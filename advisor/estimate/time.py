@@ -55,7 +55,7 @@ def estimate_time(
         mean_tokens: mean length of a row in tokens.
         lengths: distribution of the lengths, when known; batches are then padded to their longest row.
         accelerator: facts of the device; None when it is not in kb/, or there is none.
-        hardware: the machine; cores and features of the CPU are read.
+        hardware: the machine; cores and features of the CPU are read, and what was measured here.
         rules: tables of kb/rules/time.toml.
         heldout_rows: rows that are measured on and not trained on.
         evaluations: how often, at most.
@@ -104,6 +104,7 @@ def estimate_time(
         tokens_per_second=Band(
             low=tokens / band.high, expected=tokens / band.expected, high=tokens / band.low
         ),
+        source=device.source,
         notes=tuple(notes),
     )
 

@@ -174,8 +174,9 @@ def _stage(
         objective=fitted.objective, program=program_of(fitted.objective, option.proposal.facts, knowledge),
         settings=sheet.settings, why=sheet.why, datasets=tuple(names),
         estimate=StageEstimate(
-            peak_bytes=estimate.peak_bytes, parts=parts, seconds=time.seconds, disk_bytes=disk["total"],
-            phase=estimate.phase, trainable_parameters=estimate.trainable_parameters,
+            peak_bytes=estimate.peak_bytes, parts=parts, seconds=time.seconds,
+            seconds_source=time.source, disk_bytes=disk["total"], phase=estimate.phase,
+            trainable_parameters=estimate.trainable_parameters,
         ),
     )  # fmt: skip
 

@@ -10,11 +10,13 @@ The file is the person's own: delete it to forget, copy it to share.
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
 
-from advisor.types import MatrixBench, Observation
+from advisor.probe.software import installed_packages
+from advisor.types import Hardware, MatrixBench, Observation
 
 PLACE = "FTADVISOR_CALIBRATION"
 """Environment variable that names another file; empty: nothing is kept."""
@@ -63,7 +65,23 @@ def observations() -> tuple[Observation, ...]:
     return tuple(found)
 
 
-def latest_bench(device: str) -> MatrixBench | None:
-    """Return the last measured rates of a device; None when it was never measured here."""
-    found = [one.bench for one in observations() if one.bench is not None and one.bench.device == device]
-    return found[-1] if found else None
+def measured_rates(machine: Hardware, *, recent_days: float) -> MatrixBench | None:
+    """Return what `probe --bench` measured last on this machine as it is now; None where that does not hold.
+
+    Args:
+        machine: probed; its device and cores, and the installed torch, must be those of the measurement. Of
+            several kinds of accelerators only one was measured, so it does not count for them.
+        recent_days: an older measurement does not count.
+    """
+    if len(machine.accelerators) > 1:
+        return None
+    here = [
+        one for one in observations()
+        if one.bench and not one.bench.disturbed
+        and one.device == machine.device_name and one.cpu_cores == machine.cpu_cores
+    ]  # fmt: skip
+    if not here or here[-1].bench is None:
+        return None
+    last, torch = here[-1], installed_packages().get("torch")
+    recent = datetime.fromisoformat(last.time) >= datetime.now(UTC) - timedelta(days=recent_days)
+    return last.bench if recent and last.packages.get("torch") == torch else None

@@ -16,9 +16,13 @@ import msgspec
 from advisor.errors import TrainingError
 from advisor.knowledge import Knowledge
 from advisor.probe.calibration import remember
+from advisor.probe.load import idle_cores
 from advisor.probe.software import installed_packages
 from advisor.run.launch import QUIET_AND_OFFLINE, require_installed
 from advisor.types import Hardware, MatrixBench, Observation
+
+MOST_BUSY = 0.5
+"""Cores that other programs may use while a processor is measured."""
 
 
 def bench(machine: Hardware, knowledge: Knowledge) -> MatrixBench:
@@ -34,6 +38,7 @@ def bench(machine: Hardware, knowledge: Knowledge) -> MatrixBench:
     """
     require_installed(("torch",))
     seconds = knowledge.rules["probe"]["bench"]["seconds"]
+    disturbed = not machine.accelerators and idle_cores() < machine.cpu_cores - MOST_BUSY
     environment = {"OMP_NUM_THREADS": str(machine.cpu_cores), **os.environ, **QUIET_AND_OFFLINE}
     answer = subprocess.run(
         [sys.executable, "-P", "-m", "advisor.train.bench", str(seconds)], capture_output=True, check=False,
@@ -42,17 +47,17 @@ def bench(machine: Hardware, knowledge: Knowledge) -> MatrixBench:
     if answer.returncode:
         said = answer.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
         raise TrainingError(f"The measurement failed: {said[-1]}", "ftadvisor doctor")
-    name = machine.accelerators[0].name if machine.accelerators else machine.cpu_name
-    found = msgspec.structs.replace(msgspec.json.decode(answer.stdout, type=MatrixBench), device=name)
-    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    remember(
-        Observation(
-            time=now,
-            kind="bench",
-            device=name,
-            cpu_cores=machine.cpu_cores,
-            packages=installed_packages(),
-            bench=found,
-        )
+    now, packages = (
+        datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        installed_packages(),
     )
+    found = msgspec.structs.replace(
+        msgspec.json.decode(answer.stdout, type=MatrixBench), device=machine.device_name, date=now[:10],
+        torch=packages["torch"], disturbed=disturbed,
+    )  # fmt: skip
+    seen = Observation(
+        time=now, kind="bench", device=machine.device_name, cpu_cores=machine.cpu_cores, packages=packages,
+        bench=found,
+    )  # fmt: skip
+    remember(seen)
     return found

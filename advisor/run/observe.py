@@ -25,7 +25,7 @@ KEPT = (
 def observed_probe(job: Job, probe: StepProbe, machine: Hardware) -> Observation:
     """Return what to remember of a probe."""
     return Observation(
-        time=_now(), kind="probe", device=_device(machine), cpu_cores=machine.cpu_cores,
+        time=_now(), kind="probe", device=machine.device_name, cpu_cores=machine.cpu_cores,
         packages=installed_packages(), model=_name(job.recipe), objective=job.recipe.objective,
         tuner=job.recipe.tuner, settings=_kept(job.recipe), steps=probe.steps_planned,
         predicted_peak_bytes=probe.predicted_peak_bytes, measured_peak_bytes=probe.measured_peak_bytes,
@@ -51,10 +51,6 @@ def observed(job: Job, report: RunReport) -> Observation:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def _device(machine: Hardware) -> str:
-    return machine.accelerators[0].name if machine.accelerators else machine.cpu_name
 
 
 def _name(recipe: Recipe) -> str:

@@ -18,6 +18,9 @@ import torch
 
 from advisor.types import MatrixBench
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PRODUCTS_SHARE = 0.7
+"""Of the time; the rest is for copies."""
 SIZES = {"cuda": 8192, "mps": 4096, "cpu": 1536}
 """Rows and columns of the matrices: large enough that the product, not its start, is what is measured."""
 COPIED_BYTES = {"cuda": 1 << 30, "mps": 1 << 29, "cpu": 1 << 27}
@@ -27,10 +30,11 @@ COPIED_BYTES = {"cuda": 1 << 30, "mps": 1 << 29, "cpu": 1 << 27}
 def measure(seconds: float) -> MatrixBench:
     """Return the rates of the device that training would use."""
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    names = [name for name in DTYPES if kind != "cpu" or name != "fp16"]  # processors train in no fp16
     begin = time.monotonic()
     flops = {
-        name: _products(kind, dtype, begin + seconds * share)
-        for name, dtype, share in (("bf16", torch.bfloat16, 0.4), ("fp32", torch.float32, 0.7))
+        name: _products(kind, DTYPES[name], begin + seconds * PRODUCTS_SHARE * n / len(names))
+        for n, name in enumerate(names, start=1)
     }
     copied = _copies(kind, begin + seconds)
     return MatrixBench(

@@ -14,7 +14,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from advisor.types import Candidate, Plan, PlanWarning, Stage
-from advisor.ui.render import band_of_bytes, band_of_seconds, bullets, columns, findings, mark, pairs
+from advisor.ui.render import band_of_bytes, band_of_seconds, bullets, columns, findings, mark, pairs, sourced
 from advisor.units import format_bytes, format_count
 
 MAIN_SETTINGS = frozenset({
@@ -78,7 +78,7 @@ def _stage(stage: Stage, number: int, total: int, *, expert: bool) -> Renderable
     cost = stage.estimate
     costs: list[tuple[str, RenderableType]] = [
         ("Memory, estimated", f"{band_of_bytes(cost.peak_bytes)}, peak in the {cost.phase or 'step'} phase"),
-        ("Time, estimated", band_of_seconds(cost.seconds)),
+        ("Time, estimated", sourced(band_of_seconds(cost.seconds), cost.seconds_source)),
         ("Disk, estimated", format_bytes(cost.disk_bytes)),
     ]
     if cost.trainable_parameters:

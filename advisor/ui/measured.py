@@ -12,7 +12,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from advisor.estimate.calibrate import ErrorSummary
-from advisor.types import Evaluation, MatrixBench, StepProbe
+from advisor.types import Evaluation, StepProbe
 from advisor.ui.render import band_of_bytes, band_of_seconds, bullets, columns, pairs
 from advisor.units import format_bytes, format_seconds
 
@@ -62,16 +62,6 @@ def evaluation(found: Evaluation) -> RenderableType:
             table.add_row(*(Text(text) for text in example))
         body.append(table)
     return Group(*body)
-
-
-def matrix_bench(found: MatrixBench) -> RenderableType:
-    """Draw the measured rates of a device."""
-    rows: list[tuple[str, RenderableType]] = [
-        (f"Matrix products, {name}", f"{rate / 1e12:.2f} TFLOPS (measured)")
-        for name, rate in found.flops.items()
-    ]
-    rows.append(("Copies", f"{found.copy_bytes_per_second / 1e9:.1f} GB a second (measured)"))
-    return Group(Rule(f"Rates: {found.device}", align="left", style="quiet"), pairs(rows))
 
 
 def calibration(seen: Sequence[ErrorSummary]) -> RenderableType:

@@ -23,10 +23,12 @@ from advisor.types import (
     FileRow,
     Finding,
     Hardware,
+    MatrixBench,
     MemoryEstimate,
     ModelSpec,
     Plan,
     RunReport,
+    TimeEstimate,
     Verification,
 )
 from advisor.units import format_bytes, format_count, format_seconds
@@ -87,6 +89,11 @@ def band_of_seconds(band: Band) -> str:
     return f"{format_seconds(band.expected)} ({format_seconds(band.low)} to {format_seconds(band.high)})"
 
 
+def sourced(words: str, source: str) -> Text:
+    """Return a figure followed by where it is from."""
+    return Text.assemble(words, (f" [{source}]", "quiet") if source else "")
+
+
 def findings(items: Iterable[Finding]) -> RenderableType:
     """Draw findings, the most serious first; each with where and what to do."""
     order = {"error": 0, "warning": 1, "info": 2}
@@ -117,6 +124,11 @@ def hardware(machine: Hardware) -> RenderableType:
     rows.append(("Processor", f"{machine.cpu_cores} cores{features}"))
     rows.append(("Memory", f"{format_bytes(machine.ram_bytes)}, {format_bytes(machine.ram_free_bytes)} free"))
     rows += [(f"Disk, {v.role}", f"{format_bytes(v.free_bytes)} free at {v.path}") for v in machine.volumes]
+    if machine.rates is not None:
+        rows.append(("Rates", f"{rates(machine.rates)}, measured here on {machine.rates.date}"))
+        if machine.rates.disturbed:
+            words = "Other programs kept the processor busy, so time estimates do not use them; measure again"
+            rows.append(("", f"{words} when it is idle"))
     parts: list[RenderableType] = [
         Rule(f"Machine ({machine.origin})", align="left", style="quiet"),
         pairs(rows),
@@ -124,6 +136,13 @@ def hardware(machine: Hardware) -> RenderableType:
     if machine.findings:
         parts.append(findings(machine.findings))
     return Group(*parts)
+
+
+def rates(found: MatrixBench) -> str:
+    """Return `2.09 TFLOPS in bf16, 0.33 in fp32; 26.8 GB a second copied`."""
+    (first, most), *rest = ((name, f"{rate / 1e12:.2f}") for name, rate in found.flops.items())
+    products = [f"{most} TFLOPS in {first}", *(f"{rate} in {name}" for name, rate in rest)]
+    return f"{', '.join(products)}; {found.copy_bytes_per_second / 1e9:.1f} GB a second copied"
 
 
 def machines(plans: Mapping[str, Plan]) -> RenderableType:
@@ -174,7 +193,7 @@ def _token_points(profile: DatasetProfile) -> list[tuple[str, int | None]]:
     return [("median", profile.p50_tokens), ("95%", profile.p95_tokens), ("longest", profile.max_tokens)]
 
 
-def estimate(spec: ModelSpec, found: MemoryEstimate, step: Band | None) -> RenderableType:
+def estimate(spec: ModelSpec, found: MemoryEstimate, step: TimeEstimate | None) -> RenderableType:
     """Draw a memory estimate by part, the largest first, and the seconds of one step."""
     table = columns("Part", "Bytes", "Formula", right=("Bytes",))
     for part in sorted(found.parts, key=lambda item: -item.bytes):
@@ -189,7 +208,9 @@ def estimate(spec: ModelSpec, found: MemoryEstimate, step: Band | None) -> Rende
         ("allocated", band_of_bytes(found.allocated_bytes)),
         ("reserved", band_of_bytes(found.reserved_bytes)),
     ]
-    time = band_of_seconds(step) if step else "unknown without an accelerator here; name one with --hardware"
+    time: RenderableType = "unknown without an accelerator here; name one with --hardware"
+    if step is not None:
+        time = sourced(band_of_seconds(step.seconds_per_step), step.source)
     rows.append(("One step, estimated", time))
     body: list[RenderableType] = [pairs(rows), table]
     if found.notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from advisor.errors import RefusedError, TrainingError
 from advisor.estimate.calibrate import summarise
 from advisor.knowledge import load
-from advisor.probe.calibration import calibration_file, latest_bench, observations, remember
+from advisor.probe.calibration import calibration_file, measured_rates, observations, remember
+from advisor.probe.software import installed_packages
 from advisor.recipe import encode
 from advisor.run import probe_steps
 from advisor.run.attempts import newest_attempt
@@ -236,13 +238,31 @@ def test_nothing_is_kept_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -
     assert calibration_file() == Path("/somewhere/ftadvisor/calibration.jsonl")
 
 
-def test_the_last_measured_rate_of_a_device_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates are looked up by the device's name."""
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, 2e12),
+        ({"device": "another"}, 1e12),
+        ({"cpu_cores": 4}, 1e12),
+        ({"packages": {"torch": "0.1"}}, None),
+        ({"time": "2020-01-01T00:00:00Z"}, None),
+        ({"disturbed": True}, 1e12),
+    ],
+    ids=["the last one", "another device", "other cores", "another torch", "too old", "busy"],
+)
+def test_rates_count_where_they_were_measured(
+    change: dict[str, Any], found: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one of this device with these cores, undisturbed; none when torch has changed or it is old."""
     monkeypatch.setenv("FTADVISOR_CALIBRATION", str(tmp_path / "calibration.jsonl"))
-    for rate in (1e12, 2e12):
-        bench = MatrixBench(device="card", flops={"bf16": rate}, copy_bytes_per_second=1e9, seconds=1.0)
-        remember(msgspec.structs.replace(seen(1.0, 1.0), kind="bench", device="card", bench=bench))
-    found = latest_bench("card")
-    assert found is not None
-    assert found.flops == {"bf16": 2e12}
-    assert latest_bench("another") is None
+    now = datetime.now(UTC).isoformat()
+    for rate, differs in ((1e12, {}), (2e12, dict(change))):
+        bench = MatrixBench(
+            device="card", flops={"bf16": rate}, copy_bytes_per_second=1e9, seconds=1.0,
+            disturbed=differs.pop("disturbed", False),
+        )  # fmt: skip
+        line = {"kind": "bench", "device": "card", "time": now, "packages": installed_packages(), **differs}
+        remember(msgspec.structs.replace(seen(1.0, 1.0), bench=bench, **line))
+    machine = Hardware(ram_bytes=1, ram_free_bytes=1, cpu_cores=2, cpu_name="card")
+    rates = measured_rates(machine, recent_days=90)
+    assert (rates and rates.flops["bf16"]) == found

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from advisor import knowledge
 from advisor.estimate.time import estimate_time, expected_longest
-from advisor.types import AcceleratorFacts, Hardware, Histogram, MemorySettings, ModelSpec, TimeEstimate
+from advisor.types import (
+    AcceleratorFacts,
+    Hardware,
+    Histogram,
+    MatrixBench,
+    MemorySettings,
+    ModelSpec,
+    TimeEstimate,
+)
 from tests.unit.estimate_cases import LLAMA_1B, LLAMA_3B, LLAMA_8B
 
 RULES = knowledge.load().rules["time"]
@@ -119,6 +127,32 @@ def test_an_unknown_device_is_said_and_widens_the_band() -> None:
     assert not known.notes
     spread = unknown.seconds.high / unknown.seconds.low
     assert spread > known.seconds.high / known.seconds.low
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cuda", 0), ("cpu", 4)])
+def test_what_was_measured_here_counts_before_what_is_known(device: Any, threads: int) -> None:
+    """Twice the measured rates take less time, and the estimate says when they were measured."""
+    settings = MemorySettings(device=device, seq_len=512)
+    bench = MatrixBench(
+        device="this", threads=threads, flops={"bf16": 1e12}, copy_bytes_per_second=2e10, seconds=4.0,
+        date="2026-11-28", torch="2.15.0",
+    )  # fmt: skip
+    fast = msgspec.structs.replace(bench, flops={"bf16": 2e12}, copy_bytes_per_second=4e10)
+    slow, quick = (
+        seconds(settings=settings, hardware=msgspec.structs.replace(LAPTOP, rates=rates), accelerator=None)
+        for rates in (bench, fast)
+    )
+    assert quick.seconds_per_step.expected < 0.9 * slow.seconds_per_step.expected
+    assert slow.source.startswith("measured here on 2026-11-28 (torch 2.15.0")
+    assert not slow.notes
+
+
+def test_what_was_measured_of_another_device_or_precision_does_not_count() -> None:
+    """A card's rates say nothing of the processor beside it, nor those of bf16 of fp32."""
+    bench = MatrixBench(device="card", flops={"bf16": 1e15}, copy_bytes_per_second=2e12, seconds=4.0)
+    here = msgspec.structs.replace(LAPTOP, rates=bench)
+    for settings in (MemorySettings(device="cpu"), MemorySettings(precision="fp32")):
+        assert seconds(settings=settings, hardware=here) == seconds(settings=settings)
 
 
 def test_mixed_lengths_cost_more_than_equal_ones() -> None:
