@@ -1,11 +1,24 @@
-"""Formats bytes, counts and durations; the only place where GiB exists.
+"""Formats bytes, counts and durations, the only place where GiB exists; makes text safe to show.
 
-Goes in: plain numbers in bytes, tokens, seconds. Comes out: text, or bytes. Never does: round what is kept.
+Goes in: numbers in bytes, tokens, seconds; any text. Comes out: text or bytes. Never does: round what is
+kept.
 """
 
 from __future__ import annotations
 
 GIB = 1024**3
+
+
+_UNSEEN = dict.fromkeys(
+    (*(code for code in range(32) if chr(code) not in "\t\n"), *range(127, 160), *range(0x202A, 0x202F),
+     *range(0x2066, 0x206A))
+)  # fmt: skip
+"""What moves a terminal's cursor, colours it, or turns its text round."""
+
+
+def printable(text: str) -> str:
+    """Return text without what would command a terminal; lines and tabs stay."""
+    return text.translate(_UNSEEN)
 
 
 def gib(bytes_: float) -> float:

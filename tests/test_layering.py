@@ -15,7 +15,7 @@ LAYERS = {
     "recommend": 2.4, "plan": 2.6, "recipe": 2.8,
     "running": 2.9, "lora_files": 2.95, "prompt_cache": 2.95,
     "earlier": 2.9, "intake": 3, "serve": 3, "run": 3, "export": 3, "verify": 3.5, "chat": 3,
-    "train": 3.9, "adapters": 3.95,
+    "train": 3.9, "adapters": 3.95, "self_test": 3,
     "ui": 4, "cli": 5, "__main__": 6, "__init__": 0,
 }  # fmt: skip
 INSIDE_LAYER_0 = {

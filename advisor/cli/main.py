@@ -16,6 +16,7 @@ import click
 
 from advisor import __version__
 from advisor.errors import AdvisorError, MissingPackageError, UnknownNameError, UsageError
+from advisor.units import printable
 
 COMMANDS = {
     "demo": "The whole way on the embedded model: plan, train, export, verify, chat.",
@@ -93,9 +94,9 @@ def _report(message: str, remedy: str, code: str, *, as_json: bool) -> None:
         }
         print(json.dumps(envelope, ensure_ascii=False))
         return
-    print(f"Error: {message}", file=sys.stderr)
+    print(f"Error: {printable(message)}", file=sys.stderr)
     if remedy:
-        print(f"Next:  {remedy}", file=sys.stderr)
+        print(f"Next:  {printable(remedy)}", file=sys.stderr)
 
 
 def _require_text(argument: str) -> None:

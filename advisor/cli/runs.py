@@ -87,7 +87,7 @@ def watch(folder: Path) -> None:
     from advisor.ui.live import RunView
 
     reader = EventReader(folder / EVENTS)
-    with RunView(folder) as view:
+    with RunView(folder, watching=True) as view:
         while True:
             running = is_locked(folder)
             for event in reader.new_events():

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from advisor.errors import AdvisorError, InterruptedRunError, RefusedError
 from advisor.knowledge import load
 from advisor.probe.calibration import remember
@@ -114,11 +116,12 @@ def _run_stage(job: Job, how: How, *, lock: FolderLock, on_event: OnEvent, ask: 
         warnings = drift(job, data)
 
         def told(attempt: Attempt, pid: int) -> None:
-            lineage = attempt.recipe.lineage
+            lineage, planned = attempt.recipe.lineage, job.estimate
             events.write(
                 "start", resume=how.resume, recipe_sha256=job.recipe_sha256, data_sha256=data, pid=pid,
                 attempt=attempt.number, recipe=attempt.file,
                 newest_step=lineage.newest_step if lineage else None,
+                predicted_peak_bytes=msgspec.structs.asdict(planned.peak_bytes) if planned else None,
             )  # fmt: skip
             while warnings:
                 events.write("warning", message=warnings.pop(0))

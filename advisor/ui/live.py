@@ -1,4 +1,4 @@
-"""Shows a run while it trains: a live line on a terminal, plain lines elsewhere.
+"""Shows a run while it trains: a live view on a terminal, plain lines elsewhere.
 
 Goes in: the events of a run, as they come. Comes out: text. Never does: decide.
 """
@@ -14,14 +14,18 @@ from types import TracebackType
 from typing import Any
 
 import questionary
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from advisor.run.policy import Action
 from advisor.ui.console import make_console
 from advisor.units import format_bytes, format_count, format_seconds
 
 BARS = "▁▂▃▄▅▆▇█"
-PLOT_WIDTH = 8
+BAR_WIDTH, PLOT_WIDTH, WIDE = 20, 8, 110
 PLAIN_LINES = 20
 """Without a terminal, a run prints about this many step lines."""
 
@@ -29,67 +33,93 @@ PLAIN_LINES = 20
 class RunView:
     """Context manager that draws events; `show` takes one event as it is in events.jsonl."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, watching: bool = False) -> None:
         self._console = make_console()
         self._folder = folder
-        self._progress = Progress(
-            TextColumn("{task.description}", style="key"),
-            BarColumn(bar_width=5),
-            TextColumn("{task.fields[plot]}"),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-            auto_refresh=self._console.is_terminal,
-            disable=not self._console.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._losses: list[float] = []
+        self._watching = watching
+        self._drawn = self._console.is_terminal
+        self._start: dict[str, Any] = {}
+        self._step: dict[str, Any] = {}
+        self._losses: dict[int, float] = {}
+        self._heldout: dict[str, float] = {}
+        self._decision = ""
+        self._live = Live(console=self._console, get_renderable=self._view)
 
     def __enter__(self) -> RunView:
-        self._progress.start()
+        if self._drawn:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._live.stop()
 
     def show(self, event: dict[str, Any]) -> None:
         """Draw one event; unknown ones are ignored, since programs may write more than a person needs."""
-        if event["event"] == "start":
-            self._console.print(f"Training in {self._folder}. Ctrl-C saves a checkpoint and stops.")
-        elif event["event"] == "step":
-            self._step(event)
+        name = event["event"]
+        if name == "start":
+            self._begin(event)
+        elif name == "step":
+            self._train(event)
         else:
+            if name == "heldout" and event.get("loss") is not None:
+                self._heldout[str(event.get("when", ""))] = event["loss"]
+            self._decision = str(event.get("message", "")) if name == "decision" else self._decision
             text = describe(event)
             if text:
-                self._console.print(text, markup=False)
+                self._console.print(text)
 
     def ask(self, action: Action) -> bool:
         """Ask whether a change that needs consent may be made; without a terminal, it may not."""
-        if not (self._console.is_terminal and sys.stdin.isatty()):
+        if not (self._drawn and sys.stdin.isatty()):
             return False
-        self._progress.stop()
-        self._console.print(action.reason, markup=False)
+        self._live.stop()
+        self._console.print(action.reason)
         allowed = bool(questionary.confirm("Do that and go on?", default=False).ask())
-        self._progress.start()
+        self._live.start()
         return allowed
 
-    def _step(self, event: dict[str, Any]) -> None:
+    def _begin(self, event: dict[str, Any]) -> None:
+        if event.get("stage") != self._start.get("stage"):
+            self._losses, self._heldout, self._step = {}, {}, {}
+        self._start = event
+        what = "Watching" if self._watching else "Training"
+        keys = "ends the watching, not the run" if self._watching else "saves a checkpoint and stops"
+        attempt = f", attempt {event['attempt']}" if event.get("attempt", 1) > 1 else ""
+        self._console.print(f"{what} {event.get('stage', '')}{attempt} in {self._folder}. Ctrl-C {keys}.")
+
+    def _train(self, event: dict[str, Any]) -> None:
+        self._step = event
         step, total = int(event["step"]), int(event["total"])
-        note = step_note(event)
-        if not self._console.is_terminal:
-            every = max(1, total // PLAIN_LINES)
-            if step % every == 0 or step in (1, total):
-                self._console.print(f"step {step}/{total} {note}", markup=False)
-            return
-        if self._task is None:
-            self._task = self._progress.add_task("train", total=total, note="", plot="")
         if event.get("loss") is not None:
-            self._losses.append(event["loss"])
-        self._progress.update(
-            self._task, completed=step, total=total, note=note, plot=plot(self._losses, width=PLOT_WIDTH)
+            self._losses[step] = event["loss"]
+        if not self._drawn and (step % max(1, total // PLAIN_LINES) == 0 or step in (1, total)):
+            memory = memory_note(event, self._start)
+            words = ", ".join(filter(None, (step_note(event), memory)))
+            self._console.print(f"step {step}/{total} {words}")
+
+    def _view(self) -> Group:
+        """Return the lines at the foot of the screen: the step, what was measured, the last decision."""
+        if not self._step:
+            return Group()
+        step, total = int(self._step["step"]), int(self._step["total"])
+        # A run that went back draws its curve anew from there.
+        losses = [loss for at, loss in self._losses.items() if at <= step]
+        wide = self._console.width >= WIDE
+        line = Table.grid(padding=(0, 1))
+        line.add_row(
+            Text(str(self._start.get("stage", "")), style="key"),
+            *([ProgressBar(total=total, completed=step, width=BAR_WIDTH)] if wide else []),
+            f"{step}/{total}",
+            plot(losses, width=PLOT_WIDTH * 2 if wide else PLOT_WIDTH),
+            Text(step_note(self._step), no_wrap=True, overflow="ellipsis"),
         )
+        measured = ", ".join(
+            filter(None, (memory_note(self._step, self._start), heldout_note(self._heldout)))
+        )
+        more = [measured, f"decided: {self._decision}" if self._decision else ""]
+        return Group(line, *(Text(one, no_wrap=True, overflow="ellipsis") for one in more if one))
 
 
 def plot(values: Sequence[float], *, width: int) -> str:
@@ -105,7 +135,7 @@ def plot(values: Sequence[float], *, width: int) -> str:
 
 
 def step_note(event: dict[str, Any]) -> str:
-    """Return what a step event says, for example `loss 1.23, 410 tok/s, 2 min left, 1.2 GiB`."""
+    """Return what a step event says of the training, for example `loss 1.23, 410 tok/s, 2 min left`."""
     words = []
     if event.get("loss") is not None:
         words.append(f"loss {event['loss']:.3f}")
@@ -116,9 +146,25 @@ def step_note(event: dict[str, Any]) -> str:
         words.append(f"{event['tokens_per_second']:.0f} tok/s")
     if event.get("seconds_remaining") is not None:
         words.append(f"{format_seconds(event['seconds_remaining'])} left")
-    if event.get("memory_bytes"):
-        words.append(format_bytes(event["memory_bytes"]))
     return ", ".join(words)
+
+
+def memory_note(step: dict[str, Any], start: dict[str, Any]) -> str:
+    """Return the measured peak and what the plan predicts: `1.2 GiB of at most 2 GiB predicted`."""
+    if not step.get("memory_bytes"):
+        return ""
+    predicted = start.get("predicted_peak_bytes")
+    most = f" of at most {format_bytes(round(predicted['high']))} predicted" if predicted else ""
+    return f"{format_bytes(step['memory_bytes'])}{most}"
+
+
+def heldout_note(found: dict[str, float]) -> str:
+    """Return the first and the last loss on rows that are not trained on, by when they were measured."""
+    if not found:
+        return ""
+    pairs = list(found.items())
+    (first, loss), (last, now) = pairs[0], pairs[-1]
+    return f"held-out {loss:.3f} {first}" if first == last else f"held-out {loss:.3f} → {now:.3f} {last}"
 
 
 def describe(event: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from advisor.run.folder import RunState
+from advisor.self_test import SelfTest
 from advisor.types import (
     Band,
     DatasetProfile,
@@ -42,6 +43,8 @@ MARKS = {
     "chosen": ("good", "chosen"),
     "possible": ("key", "possible"),
     "rejected": ("quiet", "rejected"),
+    "passed": ("good", "ok"),
+    "failed": ("bad", "FAILED"),
 }
 
 
@@ -107,6 +110,22 @@ def findings(items: Iterable[Finding]) -> RenderableType:
             text.append(f"\n-> {item.remedy}", style="key")
         table.add_row(mark(item.severity), text)
     return table if table.row_count else Text("Nothing to mend.", style="good")
+
+
+def self_test(found: SelfTest) -> RenderableType:
+    """Draw the stages that were tried with their seconds, and the verdict."""
+    table = columns("", "", "seconds", "", title="Self-test", right=("seconds",))
+    for stage in found.stages:
+        text = Text(stage.evidence)
+        if stage.remedy:
+            text.append(f"\n-> {stage.remedy}", style="key")
+        table.add_row(mark("passed" if stage.passed else "failed"), stage.name, f"{stage.seconds:.1f}", text)
+    broken = [stage.name for stage in found.stages if not stage.passed]
+    if broken:
+        verdict = Text(f"It does not work: {broken[0]} failed.", style="bad")
+    else:
+        verdict = Text(f"Everything works; the test took {format_seconds(found.seconds)}.", style="good")
+    return Group(table, verdict)
 
 
 def hardware(machine: Hardware) -> RenderableType:
