@@ -17,8 +17,9 @@ from typing import Any
 
 import jinja2
 
-from advisor.errors import InputError
+from advisor.errors import InputError, UsageError
 from advisor.lora_files import Adapters
+from advisor.prefix_state import put_on
 from advisor.probe.gguf_file import NORMALISER_KEY
 from advisor.prompt_cache import start_with
 from advisor.running import CacheType, Said, plan_running
@@ -42,6 +43,7 @@ class ChatSession:
         context_tokens: int | None = None,
         cache: CacheType | None = None,
         prompt_cache: Path | None = None,
+        prefix: Path | None = None,
         seed: int = 0,
     ) -> None:
         """Load the file.
@@ -57,14 +59,15 @@ class ChatSession:
                 usual number, or what fits.
             cache: Type of the key-value cache; None takes 16 bits where they fit.
             prompt_cache: Folder for what was computed of long system prompts.
+            prefix: A sequence state to begin with; None takes the one that the file names.
             seed: Of the sampling.
 
         Raises:
-            InputError: the file is missing, no GGUF, cut short, or the adapter does not fit.
+            InputError: the file is missing, no GGUF, cut short, or the adapter or prefix does not fit.
             RefusedError: there is not enough memory for it.
             MissingPackageError: llama-cpp-python is not installed.
         """
-        self.running = plan_running(gguf, context_tokens=context_tokens, cache=cache)
+        self.running = plan_running(gguf, context_tokens=context_tokens, cache=cache, prefix=prefix)
         self._gguf = gguf
         self._said = Said()
         self._temperature = temperature
@@ -75,6 +78,9 @@ class ChatSession:
         # Freed before Python takes its modules apart: llama-cpp-python complains on the terminal afterwards.
         self._close = weakref.finalize(self, self._model.close)
         self.context_tokens = self.running.context_tokens
+        self._virtual: list[int] = []
+        if self.running.prefix is not None:
+            self._virtual = put_on(self._model, Path(self.running.prefix), self._said)
         self._adapters = Adapters(self._model, self._said)
         self._on = ""
         self._started = False
@@ -96,7 +102,13 @@ class ChatSession:
         Raises:
             InputError: one is no LoRA-GGUF, or belongs to another model; those before stay on.
             ExportError: llama.cpp does not take them together.
+            UsageError: there is a trained prefix, whose keys belong to the base alone.
         """
+        if self._virtual:
+            raise UsageError(
+                "A trained prefix belongs to the base alone; a LoRA beside it was never trained.",
+                "Use one of them.",
+            )
         self._adapters.use(scales)
         self._on = repr(sorted((str(path.resolve()), scale) for path, scale in scales.items()))
         self._started = False
@@ -135,7 +147,7 @@ class ChatSession:
     def _tokens(self, turns: list[dict[str, str]]) -> list[int]:
         if self._render is None:
             found: list[int] = self._model.tokenize(turns[-1]["content"].encode())
-            return found
+            return self._virtual + found
         try:
             prompt = self._render(messages=turns).prompt
         except (ValueError, jinja2.TemplateError) as problem:
@@ -143,7 +155,7 @@ class ChatSession:
                 f"The chat template refuses this conversation: {problem}", "Start again, without --system."
             ) from problem
         rendered: list[int] = self._model.tokenize(prompt.encode(), add_bos=False, special=True)
-        return rendered
+        return self._virtual + rendered
 
     def _generate(self, tokens: list[int]) -> Iterator[str]:
         import llama_cpp
@@ -170,7 +182,7 @@ class ChatSession:
 
     def _start(self, tokens: list[int]) -> None:
         """Take what was computed of a long system prompt from an earlier start."""
-        if self._started or self._prompt_cache is None or self._system is None:
+        if self._started or self._prompt_cache is None or self._system is None or self._virtual:
             return
         self._started = True
         other = self._tokens([{"role": "system", "content": self._system}, {"role": "user", "content": ""}])
@@ -189,7 +201,7 @@ class ChatSession:
         import llama_cpp
 
         how = self.running
-        kind = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}[how.cache]
+        kind = getattr(llama_cpp, f"GGML_TYPE_{how.cache.upper()}")
         try:
             return llama_cpp.Llama(
                 str(self._gguf),

@@ -241,7 +241,8 @@ def _tuner(key: str, entry: TunerFacts, knowledge: Knowledge) -> Explanation:
     }
     gguf = {
         "merged": "merged into the base", "merged_or_lora": "merged into the base, or as a file of its own",
-        "virtual_tokens": "as added tokens", "none": "not possible",
+        "virtual_tokens": "as added tokens", "sequence_state": "as a file beside the base",
+        "none": "not possible",
     }  # fmt: skip
     facts: Facts = [
         ("base", "quantised to 4 bits" if entry.quantised_base else "unquantised"),

@@ -11,17 +11,21 @@ import importlib.util
 from pathlib import Path
 from typing import Literal
 
-from advisor.errors import InputError, MissingPackageError, RefusedError
+import msgspec
+
+from advisor.errors import InputError, MissingPackageError, RefusedError, UsageError
 from advisor.knowledge import Knowledge, load
-from advisor.probe.gguf_file import check_gguf
+from advisor.probe.gguf_file import PREFIX_KEY, PREFIX_SHA256_KEY, check_gguf
 from advisor.probe.hardware import probe_hardware
 from advisor.probe.host import memory
 from advisor.probe.load import free_cores
+from advisor.storage import file_sha256
 from advisor.types import Record
 from advisor.units import format_bytes, from_gib
 
-CacheType = Literal["f16", "q8_0"]
+CacheType = Literal["f32", "f16", "q8_0"]
 CACHE_TYPES: tuple[CacheType, ...] = ("f16", "q8_0")
+"""Those to choose from; 32 bits are for a trained prefix, which llama.cpp loads into no other cache."""
 _SMALLER = "Close other programs, or export a smaller quantisation: --quant Q4_K_M"
 
 
@@ -34,6 +38,9 @@ class FileFacts(Record, frozen=True, kw_only=True):
     cache_width: int
     """Numbers in the key-value cache for one token and layer."""
     trained_tokens: int
+    prefix: str = ""
+    """File name of the trained prefix that belongs to it."""
+    prefix_sha256: str = ""
 
 
 class Memory(Record, frozen=True, kw_only=True):
@@ -53,27 +60,59 @@ class Running(Record, frozen=True, kw_only=True):
     gpu_layers: int
     """-1: all."""
     threads: int
+    prefix: str | None = None
+    """Sequence state to begin with."""
     notes: tuple[str, ...] = ()
 
 
-def plan_running(gguf: Path, *, context_tokens: int | None, cache: CacheType | None) -> Running:
+def plan_running(
+    gguf: Path, *, context_tokens: int | None, cache: CacheType | None, prefix: Path | None = None
+) -> Running:
     """Look at file and machine and decide how the file is run.
 
     Args:
         gguf: The file.
         context_tokens: Memory for so many tokens; None takes the usual number, or what fits.
         cache: Type of the key-value cache; None takes 16 bits where they fit.
+        prefix: Sequence state to begin with; None takes the one that the file names.
 
     Raises:
-        InputError: the file is missing, no GGUF, or damaged.
+        InputError: the file is missing, no GGUF, or damaged, or the prefix that it names is not beside it.
         RefusedError: it does not fit into the memory.
         MissingPackageError: llama-cpp-python is not installed.
     """
     facts = read_facts(gguf)
-    return decide(
-        facts, _free_memory(), context_tokens=context_tokens, cache=cache, threads=free_cores(),
-        knowledge=load(),
+    state = prefix or named_prefix(gguf, facts)
+    if state is not None and cache not in (None, "f32"):
+        raise UsageError(
+            f"A trained prefix is kept in 32 bits; the key-value cache cannot be {cache}.",
+            "Leave --kv-cache out.",
+        )
+    made = decide(
+        facts, _free_memory(), context_tokens=context_tokens, cache="f32" if state else cache,
+        threads=free_cores(), knowledge=load(),
     )  # fmt: skip
+    return made if state is None else msgspec.structs.replace(made, prefix=str(state))
+
+
+def named_prefix(gguf: Path, facts: FileFacts) -> Path | None:
+    """Return the trained prefix that a file names.
+
+    Raises:
+        InputError: it is not beside the file, or is another one.
+    """
+    if not facts.prefix:
+        return None
+    # A name, never a path that leads elsewhere: files come from anyone.
+    path = gguf.parent / Path(facts.prefix).name
+    remedy = "Copy the two files of one export into one folder."
+    if not path.is_file():
+        raise InputError(
+            f"{gguf} belongs with the trained prefix {path.name}, which is not beside it.", remedy
+        )
+    if file_sha256(path) != facts.prefix_sha256:
+        raise InputError(f"{path} is not the trained prefix that {gguf.name} was exported with.", remedy)
+    return path
 
 
 def decide(
@@ -104,9 +143,10 @@ def decide(
     layers = _gpu_layers(facts, free, tokens, kind, knowledge)
     if layers > 0:
         notes.append(f"{layers} of {facts.layers} layers fit on the GPU")
+    flash = kind == "q8_0" or (kind == "f16" and layers != 0)
     return Running(
-        context_tokens=tokens, cache=kind, flash_attention=kind != "f16" or layers != 0, gpu_layers=layers,
-        threads=threads, notes=tuple(notes),
+        context_tokens=tokens, cache=kind, flash_attention=flash, gpu_layers=layers, threads=threads,
+        notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -207,6 +247,7 @@ def _facts(model: object, file_bytes: int) -> FileFacts:
         architecture=architecture, file_bytes=file_bytes, layers=number("block_count", 1),
         cache_width=number("attention.head_count_kv", heads) * width,
         trained_tokens=number("context_length", load().rules["running"]["context"]["usual"]),
+        prefix=_value(model, PREFIX_KEY), prefix_sha256=_value(model, PREFIX_SHA256_KEY),
     )  # fmt: skip
 
 

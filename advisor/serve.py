@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from advisor.errors import InputError, MissingPackageError, UsageError
+from advisor.errors import InputError, MissingPackageError, RefusedError, UsageError
 from advisor.lora_files import Adapters
 from advisor.probe.gguf_file import NORMALISER_KEY
 from advisor.running import Running, Said
@@ -44,8 +44,15 @@ def serve(
     Raises:
         InputError: llama.cpp cannot load the file or an adapter.
         UsageError: the port is taken.
+        RefusedError: the file belongs with a trained prefix.
         MissingPackageError: the extra `serve` is not installed.
     """
+    if running.prefix is not None:
+        raise RefusedError(
+            f"{gguf.name} belongs with a trained prefix, which llama-cpp-python's server does not load: "
+            "it would answer as before the training.",
+            f"Talk to it with: ftadvisor chat {gguf}; to serve, train with lora instead.",
+        )
     for module in ("uvicorn", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings"):
         if importlib.util.find_spec(module) is None:
             raise MissingPackageError(module, "serve")
@@ -85,7 +92,7 @@ def _app(gguf: Path, running: Running, adapters: dict[Path, float], api_key: str
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     said = Said()
-    kind = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}[running.cache]
+    kind = getattr(llama_cpp, f"GGML_TYPE_{running.cache.upper()}")
     model = ModelSettings(
         model=str(gguf), model_alias=gguf.stem, n_ctx=running.context_tokens,
         n_gpu_layers=running.gpu_layers, n_threads=running.threads, n_threads_batch=running.threads,

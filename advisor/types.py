@@ -21,7 +21,14 @@ Objective = Literal["cpt", "sft", "dpo", "kto", "orpo", "simpo", "reward", "rloo
 Verdict = Literal["train", "dont_train_yet", "fix_data_first", "change_plan", "change_model", "export_only"]
 Parallel = Literal["none", "ddp", "fsdp", "zero3"]
 CheckName = Literal[
-    "token_ids", "logits", "greedy_text", "chat_template", "special_tokens", "metadata", "tensors"
+    "token_ids",
+    "logits",
+    "greedy_text",
+    "chat_template",
+    "special_tokens",
+    "metadata",
+    "tensors",
+    "prefix",
 ]
 Value = str | int | float | bool | list[str] | dict[str, float] | None
 """What a setting may hold in a plan, a recipe and `--set`."""
@@ -768,7 +775,7 @@ class ExportedFile(Record, frozen=True, kw_only=True):
     """One file that an export wrote."""
 
     path: str
-    kind: Literal["gguf", "merged", "lora_gguf", "modelfile", "card"]
+    kind: Literal["gguf", "merged", "lora_gguf", "prefix_state", "modelfile", "card"]
     quant: str | None
     bytes: int
     sha256: str
@@ -1016,7 +1023,7 @@ class TunerFacts(Record, frozen=True, kw_only=True):
     program: str = ""
     """Folder under recipes/ that trains it in place of the objective's."""
     adds_latency: bool = False
-    gguf: Literal["merged", "merged_or_lora", "virtual_tokens", "none"]
+    gguf: Literal["merged", "merged_or_lora", "virtual_tokens", "sequence_state", "none"]
     gguf_note: str = ""
     settings: dict[str, Value] = {}
     """Defaults of this tuner: lora_r, lora_alpha, target, virtual_tokens, ..."""

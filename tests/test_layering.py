@@ -13,7 +13,7 @@ LAYERS = {
     "programs": 0.9, "knowledge": 1, "gguf_rules": 1.1, "gguf_tokenizer": 1.2, "probe": 1.5,
     "explain": 2, "estimate": 2.0, "scenario": 2.1, "inputs": 2.2, "goals": 2.1,
     "recommend": 2.4, "plan": 2.6, "recipe": 2.8,
-    "running": 2.9, "lora_files": 2.95, "prompt_cache": 2.95,
+    "running": 2.9, "lora_files": 2.95, "prompt_cache": 2.95, "prefix_state": 2.95,
     "earlier": 2.9, "intake": 3, "serve": 3, "run": 3, "export": 3, "verify": 3.5, "chat": 3,
     "train": 3.9, "adapters": 3.95, "self_test": 3,
     "ui": 4, "cli": 5, "__main__": 6, "__init__": 0,

@@ -34,6 +34,11 @@ class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @click.option(
     "--lora", multiple=True, help="LoRA-GGUF adapter to put on the base; FILE=0.5 at half strength."
 )
+@click.option(
+    "--prefix",
+    type=options.FILE,
+    help="Trained prefix for a shared base; the file that a GGUF names is taken anyway.",
+)
 @click.option("--system", help="System prompt.")
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."
@@ -49,6 +54,7 @@ def chat(
     prompt: str | None,
     compare: Path | None,
     lora: tuple[str, ...],
+    prefix: Path | None,
     system: str | None,
     temperature: float,
     max_tokens: int,
@@ -67,16 +73,18 @@ def chat(
         raise UsageError("--json needs --prompt.", "ftadvisor chat FILE --prompt TEXT --json")
     said: dict[str, Any] = {"system": system, "temperature": temperature, "max_tokens": max_tokens}
     if targets[0].is_dir() or len(targets) > 1:
-        if lora or compare or context or kv_cache:
+        if lora or prefix or compare or context or kv_cache:
             raise UsageError(
-                "--lora, --compare, --context and --kv-cache belong to one GGUF file.",
+                "--lora, --prefix, --compare, --context and --kv-cache belong to one GGUF file.",
                 "Give several folders to compare them: ftadvisor chat RUN_A RUN_B --prompt TEXT",
             )
         _folders(targets, prompt, said, as_json=as_json)
         return
     gguf = targets[0]
     said |= {"context_tokens": context, "cache": kv_cache, "prompt_cache": own_cache_dir() / "prompts"}
-    sessions = {str(file): ChatSession(file, **said) for file in [gguf, *([compare] if compare else [])]}
+    sessions = {str(gguf): ChatSession(gguf, prefix=prefix, **said)}
+    if compare is not None:
+        sessions[str(compare)] = ChatSession(compare, **said)
     adapters = dict(map(parse_adapter, lora))
     if adapters:
         sessions[str(gguf)].use_adapters(adapters)

@@ -40,7 +40,8 @@ class ExportAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @click.command()
 @click.argument("source", type=options.FILE)
 @click.option(
-    "--to", help="gguf, merged, lora-gguf, modelfile; with commas. Default: what the plan chose, else gguf."
+    "--to",
+    help="gguf, merged, lora-gguf, prefix-state, modelfile; with commas. Default: the plan's, else gguf.",
 )
 @click.option("--quant", help=QUANT_HELP)
 @options.out

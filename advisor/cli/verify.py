@@ -14,14 +14,16 @@ from advisor.verify import heldout_rows, keep_proof, verify_gguf
 @click.command()
 @click.argument("gguf", type=options.FILE)
 @click.option("--against", type=options.FILE, required=True, help="Run or model folder it was made from.")
+@click.option("--prefix", type=options.FILE, help="Trained prefix of a shared base.")
 @options.offline
 @options.as_json
-def verify(gguf: Path, against: Path, *, offline: bool, as_json: bool) -> None:
+def verify(gguf: Path, against: Path, prefix: Path | None, *, offline: bool, as_json: bool) -> None:
     """Prove that a GGUF file answers as the trained model does; exit 1 when it does not."""
     proof = verify_gguf(
         gguf,
         against=against,
         rows=heldout_rows(against),
+        prefix=prefix,
         offline=offline,
         on_progress=notifier(quiet=as_json),
     )

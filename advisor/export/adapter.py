@@ -17,6 +17,7 @@ import numpy as np
 from advisor.errors import ExportError, ModelError
 from advisor.export.changes import Delta, NewRows, Scale
 from advisor.export.checkpoint import Floats, open_checkpoint, read_json
+from advisor.prefix_state import Prefix
 
 _PREFIX = "base_model.model."
 _EVERYTHING = slice(None)
@@ -36,6 +37,7 @@ _KINDS = {
     "TRAINABLE_TOKENS": {"token_indices", "init_weights"},
     "PROMPT_TUNING": set[str](),
     "P_TUNING": set[str](),
+    "PREFIX_TUNING": {"prefix_projection", "init_weights"},
 }
 """peft's name -> fields of adapter_config.json that are understood."""
 _PROMPT = {
@@ -43,10 +45,10 @@ _PROMPT = {
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path",
     "encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type",
 }  # fmt: skip
-"""How virtual tokens were trained; only their embeddings are left of it."""
+"""How virtual tokens were trained; only what came of them is left."""
 _PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+_PREFIX_TUNING = "PREFIX_TUNING"
 _REFUSED = {
-    "PREFIX_TUNING": "its keys and values in every layer have no place in a GGUF",
     "BOTTLENECK": "its extra layers stay in the way of every answer, and llama.cpp has no place for them",
 }
 _CHANGED_BASE = {"pissa", "olora", "corda", "loftq", "lora_ga"}
@@ -71,6 +73,8 @@ class Adapter:
     """Parameter -> its trained values, which replace the base's."""
     prompt: Floats | None = None
     """Embeddings of virtual tokens before every text, (tokens, width)."""
+    prefix: Prefix | None = None
+    """Keys and values of virtual tokens in every layer, in transformers' order of rows."""
     ties_weights: bool = False
     """Embedding and output layer stay shared, whatever was trained."""
 
@@ -88,6 +92,7 @@ def open_adapter(folder: Path) -> Adapter:
     deltas, scales = dict[str, Delta](), dict[str, Scale]()
     tokens, saved = dict[str, NewRows](), dict[str, Floats]()
     prompt: Floats | None = None
+    prefix: Prefix | None = None
     for key in stored.tensors:
         name = key.removeprefix(_PREFIX)
         part = next((p for p in _PARTS if name.endswith(f".{p}")), None)
@@ -104,6 +109,8 @@ def open_adapter(folder: Path) -> Adapter:
             scales[name.removesuffix(".ia3_l")] = Scale(
                 values=values.reshape(-1), incoming=values.shape[0] == 1
             )
+        elif key == "prompt_embeddings" and config["peft_type"] == _PREFIX_TUNING:
+            prefix = _prefix(config, values)
         elif key == "prompt_embeddings":
             prompt = values
         elif "lora_" in name or not key.startswith(_PREFIX):
@@ -115,7 +122,7 @@ def open_adapter(folder: Path) -> Adapter:
     for module, delta in deltas.items():
         delta.scale = _scale(config, module, rank=0 if delta.a is None else delta.a.shape[0])
     found = Adapter(
-        deltas=deltas, scales=scales, tokens=tokens, saved=saved, prompt=prompt,
+        deltas=deltas, scales=scales, tokens=tokens, saved=saved, prompt=prompt, prefix=prefix,
         ties_weights=bool(config.get("ensure_weight_tying")),
     )  # fmt: skip
     _check_not_empty(found, config, folder)
@@ -136,8 +143,26 @@ def grown_config(config: dict[str, Any], count: int) -> dict[str, Any]:
 def _check_not_empty(found: Adapter, config: dict[str, Any], folder: Path) -> None:
     if found.prompt is None and config["peft_type"] in _PROMPTS:
         raise ModelError(f"{folder} holds no embeddings of virtual tokens.", "Save the adapter again.")
-    if not (found.deltas or found.scales or found.tokens or found.saved or found.prompt is not None):
+    virtual = found.prompt is not None or found.prefix is not None
+    if not (found.deltas or found.scales or found.tokens or found.saved or virtual):
         raise ModelError(f"The adapter in {folder} holds no weights.", "Save the adapter again.")
+
+
+def _prefix(config: dict[str, Any], values: Floats) -> Prefix:
+    """Return what peft keeps as (tokens, layers x key and value x width).
+
+    Raises:
+        ModelError: the numbers are not as many as the configuration says.
+    """
+    layers, width, tokens = config["num_layers"], config["token_dim"], config["num_virtual_tokens"]
+    if values.shape != (tokens, 2 * layers * width):
+        raise ModelError(
+            f"The adapter holds a prefix of shape {values.shape}, its configuration one of "
+            f"{(tokens, 2 * layers * width)}.",
+            "Save the adapter again.",
+        )
+    pairs = values.reshape(tokens, layers, 2, width).transpose(2, 1, 0, 3)
+    return Prefix(keys=pairs[0], values=pairs[1])
 
 
 def _token_indices(config: dict[str, Any], module: str, values: Floats) -> Any:
@@ -170,7 +195,7 @@ def _check_kind(config: dict[str, Any]) -> None:
             f"The adapter was started with init_lora_weights={start!r}, which also changed the base weights.",
             "Save it with peft's path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
         )
-    known = _WITHOUT_EFFECT | _KINDS[kind] | (_PROMPT if kind in _PROMPTS else set())
+    known = _WITHOUT_EFFECT | _KINDS[kind] | (_PROMPT if kind in (*_PROMPTS, _PREFIX_TUNING) else set())
     neutral = {key for key, value in config.items() if value in (None, False, [], {})}
     unknown = sorted(set(config) - known - neutral)
     if unknown:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from advisor.errors import ExportError, MissingPackageError, UnknownNameError, UsageError
 from advisor.export.adapter import Adapter, grown_config, open_adapter
-from advisor.export.architecture import ModelPlan, plan_model
+from advisor.export.architecture import MetaValue, ModelPlan, plan_model
 from advisor.export.checkpoint import optional_json
 from advisor.export.config_fields import is_tied, vocabulary_rows
 from advisor.export.converter import find_converter
@@ -34,16 +36,23 @@ from advisor.export.merged_folder import merged_bytes, write_merged
 from advisor.export.modelfile import modelfile
 from advisor.export.native import run_llama
 from advisor.export.official import Conversion, needs_converter
+from advisor.export.prefix_file import write_prefix
 from advisor.export.source import Trained, find_trained
 from advisor.export.tokenizer import Vocabulary, read_vocabulary, with_virtual_tokens
 from advisor.gguf_rules import checked_quants, rules
+from advisor.prefix_state import Prefix
+from advisor.probe.gguf_file import PREFIX_KEY, PREFIX_SHA256_KEY
 from advisor.storage import file_sha256, write_atomic, write_json
 from advisor.types import Export, ExportedFile
 
-TARGETS = ("gguf", "merged", "modelfile", "lora-gguf")
+TARGETS = ("gguf", "merged", "modelfile", "lora-gguf", "prefix-state")
 METADATA_BYTES = 64 << 20
 """Room for the tokenizer and the metadata of one file in the disk check; a 256k vocabulary takes 20 MB."""
 Progress = Callable[[str], None]
+_PREFIX_NOTE = (
+    "the GGUF is the base; the training is in {file}, a sequence state that llama-cpp-python loads "
+    "(ftadvisor chat does): keep both files together. Any other program answers as before the training"
+)
 
 
 def _silent(_: str) -> None:
@@ -193,12 +202,14 @@ def _export(
     notes: list[str] = []
     prepared = _prepare(job) if "gguf" in targets else None
     adapter = _lora_of(job) if "lora-gguf" in targets else None
-    if "merged" in targets and job.merged.prompt is not None:
+    prefix = _prefix_of(job, targets)
+    if "merged" in targets and (job.merged.prompt is not None or prefix is not None):
         raise ExportError(
             "Virtual tokens cannot be merged into an ordinary model folder.",
             "Export them as GGUF, --to gguf, or load the adapter with peft.",
         )
     needed = merged_bytes(job.merged, job.config) if "merged" in targets else 0
+    needed += 0 if prefix is None else prefix.keys.nbytes + prefix.values.nbytes
     need_space(job.out, needed + METADATA_BYTES)
     types = _types(job, *prepared, quants) if prepared else {}
     files_bytes = (
@@ -208,8 +219,14 @@ def _export(
     if "merged" in targets:
         job.on_progress("writing the merged weights")
         files += write_merged(job.out / f"{job.trained.name}-merged", job.trained, job.config, job.merged)
+    stated: dict[str, MetaValue] = {}
+    if prefix is not None:
+        files.append(_write_prefix(job, prefix))
+        stated = {PREFIX_KEY: Path(files[-1].path).name, PREFIX_SHA256_KEY: files[-1].sha256}
+        notes.append(_PREFIX_NOTE.format(file=stated[PREFIX_KEY]))
     if prepared is not None:
         plan, vocabulary = prepared
+        plan = msgspec.structs.replace(plan, metadata=plan.metadata | stated)
         notes += [*plan.notes, *vocabulary.notes]
         made = _write_quants(job, plan, vocabulary, types, quants)
         files += made
@@ -235,6 +252,34 @@ def _lora_of(job: Job) -> Adapter:
         )
     check_lora(job.adapter, job.merged.layout, tied=is_tied(job.config))
     return job.adapter
+
+
+def _prefix_of(job: Job, targets: tuple[str, ...]) -> Prefix | None:
+    """Return the trained prefix, which goes beside a GGUF file.
+
+    Raises:
+        ExportError: it is asked for where there is none, or a Modelfile, which has no place for it.
+    """
+    prefix = None if job.adapter is None else job.adapter.prefix
+    if prefix is None and "prefix-state" in targets:
+        raise ExportError(
+            "There is no trained prefix: a state is made of prefix tuning alone.",
+            "Export it with --to gguf instead.",
+        )
+    if prefix is not None and "modelfile" in targets:
+        raise ExportError(
+            "Ollama loads a GGUF file alone, and a trained prefix lies beside it.",
+            "Export it with --to gguf and talk to it with ftadvisor chat; for Ollama train with lora.",
+        )
+    return prefix
+
+
+def _write_prefix(job: Job, prefix: Prefix) -> ExportedFile:
+    path = job.out / f"{job.trained.name}-prefix.state"
+    job.on_progress("writing the prefix")
+    with complete_file(path) as aside:
+        write_prefix(aside, prefix, plan_model(job.config, own_head=job.merged.own_head))
+    return _file(path, "prefix_state", quant="F32", found=None)
 
 
 def _write_lora(job: Job, adapter: Adapter) -> ExportedFile:

@@ -97,13 +97,13 @@ def inspect(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         answer[kind] = [i for i in range(model.n_vocab()) if llama_cpp.llama_vocab_get_attr(vocab, i) & bit]
     arrays = {}
     for number, ids in enumerate(request["sequences"]):
-        model.reset()
+        first = _begin(model, request["prefix"])
         model.eval(ids)
-        arrays[str(number)] = np.array(model.scores[: len(ids)], dtype=np.float32)
+        arrays[str(number)] = np.array(model.scores[first : first + len(ids)], dtype=np.float32)
     count, ends = request["greedy_tokens"], set(request["ends"])
     answer["greedy"], seconds = [], 0.0
     for ids in request["prompts"]:
-        model.reset()
+        _begin(model, request["prefix"])
         model.eval(ids)
         started = time.monotonic()
         answer["greedy"].append(_greedy(model, count, ends))
@@ -111,6 +111,22 @@ def inspect(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     evaluated = sum(len(tokens) - 1 for tokens in answer["greedy"])
     answer["tokens_per_second"] = evaluated / seconds if evaluated else 0.0
     return answer, arrays
+
+
+def _begin(model: llama_cpp.Llama, prefix: str | None) -> int:
+    """Start anew, from a sequence state where there is one; return the tokens that it holds."""
+    model.reset()
+    if prefix is None:
+        return 0
+    room = model.n_ctx()
+    ids, count = (llama_cpp.llama_token * room)(), ctypes.c_size_t(0)
+    used = llama_cpp.llama_state_seq_load_file(
+        model._ctx.ctx, prefix.encode(), 0, ids, room, ctypes.byref(count)
+    )
+    if not used:
+        raise RuntimeError(f"error: llama.cpp does not take the sequence state {prefix}")
+    model.n_tokens = count.value
+    return count.value
 
 
 def _render(model: llama_cpp.Llama, conversation: dict[str, Any]) -> str | None:

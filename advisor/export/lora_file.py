@@ -63,7 +63,7 @@ def check_lora(adapter: Adapter, layout: Layout, *, tied: bool) -> None:
         ExportError: the adapter holds more than low-rank changes of linear layers.
     """
     reasons = []
-    if adapter.scales or adapter.tokens or adapter.prompt is not None:
+    if adapter.scales or adapter.tokens or adapter.prompt is not None or adapter.prefix is not None:
         reasons.append("it holds more than low-rank changes")
     if adapter.saved:
         reasons.append(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from advisor.knowledge import Knowledge
 from advisor.recommend.deploy import choose_file
-from advisor.recommend.situation import Situation
+from advisor.recommend.situation import Situation, rule
 from advisor.types import ExportPlan, ModelSpec, TunerFacts
 
 
@@ -32,6 +32,14 @@ def export_plan(
         return ExportPlan(
             feasible=False, format="gguf", route="merged", quant=choice.quant, file_bytes=0,
             reason=spec.gguf_obstacle.rstrip("."),
+        )  # fmt: skip
+    if tuner is not None and tuner.gguf == "sequence_state":
+        named = (
+            situation.goal.phrases.get("deploy:offline", "") in rule(knowledge, "deploy", "offline")["alone"]
+        )
+        return ExportPlan(
+            feasible=choice.fits and not named, format="gguf", route="prefix_state", quant=choice.quant,
+            file_bytes=choice.file_bytes, reason=f"{tuner.gguf_note}; {choice.quant}: {choice.reason}",
         )  # fmt: skip
     route, why = _route(tuner, situation)
     return ExportPlan(

@@ -84,9 +84,8 @@ def no_bias_terms(case: Case, knowledge: Knowledge) -> Values:
 
 def scale_effect(case: Case, knowledge: Knowledge) -> Values:
     """Virtual tokens were asked for or chosen on a small model."""
-    soft = {name for name, facts in knowledge.tuners.items() if facts.gguf == "virtual_tokens"} | {
-        "prefix_tuning"
-    }
+    virtual = ("virtual_tokens", "sequence_state")
+    soft = {name for name, facts in knowledge.tuners.items() if facts.gguf in virtual}
     if case.situation.goal.requested_method not in soft and case.tuner not in soft:
         return None
     small = case.spec is None or case.spec.parameters < limit(

@@ -58,7 +58,8 @@ def _what(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
 
 def _file(target: ExportPlan) -> str:
     if target.format == "gguf":
-        return f"a {target.quant} GGUF of {format_bytes(target.file_bytes)}"
+        beside = ", with the trained prefix in a file beside it" if target.route == "prefix_state" else ""
+        return f"a {target.quant} GGUF of {format_bytes(target.file_bytes)}{beside}"
     if target.route == "adapter":
         return "an adapter that a server loads beside its base"
     return f"merged 16-bit weights of {format_bytes(target.file_bytes)} for a server"

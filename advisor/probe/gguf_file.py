@@ -13,6 +13,9 @@ from advisor.errors import InputError
 MAGIC = b"GGUF"
 NORMALISER_KEY = "ftadvisor.tokenizer.normaliser"
 """Metadata of our exports: what the trained tokenizer does to text first and llama.cpp does not."""
+PREFIX_KEY = "ftadvisor.prefix.file"
+"""The sequence state, in the same folder, without which the model answers as it did before it was tuned."""
+PREFIX_SHA256_KEY = "ftadvisor.prefix.sha256"
 _REMEDY = "Make one with: ftadvisor export RUN_DIR_or_MODEL_DIR"
 
 

@@ -152,7 +152,7 @@ def _chain_fits(proposal: Proposal, situation: Situation, knowledge: Knowledge) 
 
 
 def _export(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
-    if not situation.goal.wants_gguf or proposal.facts.gguf != "none":
+    if not situation.goal.wants_gguf or proposal.facts.gguf not in ("none", "sequence_state"):
         return None
     return object_to(knowledge, "export", note=proposal.facts.gguf_note)
 

@@ -29,6 +29,7 @@ from advisor.export.source import Trained, find_trained
 from advisor.export.tokenizer import Vocabulary, read_vocabulary, with_virtual_tokens
 from advisor.probe.gguf_file import check_gguf
 from advisor.probe.host import memory
+from advisor.running import named_prefix, read_facts
 from advisor.storage import write_json
 from advisor.types import Check, Verification
 from advisor.units import format_bytes
@@ -51,6 +52,7 @@ def verify_gguf(
     *,
     against: Path,
     rows: Sequence[Path] = (),
+    prefix: Path | None = None,
     offline: bool = False,
     on_progress: Callable[[str], None] = _silent,
 ) -> Verification:
@@ -60,6 +62,7 @@ def verify_gguf(
         gguf: The file.
         against: Run folder, adapter folder or Hugging Face folder.
         rows: Files of held-out rows whose logits are compared; without any, built-in texts are.
+        prefix: Sequence state to begin with; None takes the one that the file names.
         offline: Never ask the hub for the base model.
         on_progress: Told in a few words what is being done.
 
@@ -75,7 +78,8 @@ def verify_gguf(
     trained = find_trained(against, offline=offline, on_progress=on_progress)
     try:
         file = read_contents(gguf)
-        checks = _checks(gguf, file, trained, tuple(rows), on_progress)
+        state = prefix or named_prefix(gguf, read_facts(gguf))
+        checks = _checks(gguf, file, trained, tuple(rows), state, on_progress)
         quant = file.quant
     except DamagedError as problem:
         quant = "unknown"
@@ -117,7 +121,12 @@ def _check_memory(trained: Trained) -> None:
 
 
 def _checks(
-    gguf: Path, file: Contents, trained: Trained, rows: tuple[Path, ...], on_progress: Callable[[str], None]
+    gguf: Path,
+    file: Contents,
+    trained: Trained,
+    rows: tuple[Path, ...],
+    state: Path | None,
+    on_progress: Callable[[str], None],
 ) -> tuple[Check, ...]:
     # peft imports bitsandbytes, which warns that it would be faster with a package that we do not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -145,11 +154,13 @@ def _checks(
     else:
         model, activation = {}, str(config.get("hidden_act") or config.get("hidden_activation"))
         compared = tensors.check_sizes(file, reference, rules.tensors)
-    early = (checks.metadata(model, vocabulary, file), compared)
+    early = [checks.metadata(model, vocabulary, file), compared]
+    if known and (state is not None or reference.cached is not None):
+        early.append(checks.prefix(reference.cached, state, plan))
     bounds = logit_bounds(rules, file.quant, activation, routed=_is_routed(config))
     on_progress(f"asking {gguf.name}")
     try:
-        answer, arrays = _ask(gguf, questions, reference, vocabulary, rules)
+        answer, arrays = _ask(gguf, questions, reference, vocabulary, rules, state)
     except ExportError as problem:
         return (*early, Check(name="logits", passed=False, measured={}, bound={}, evidence=problem.message))
     return (
@@ -207,18 +218,25 @@ def _late(
 
 
 def _ask(
-    gguf: Path, questions: Questions, reference: Reference, vocabulary: Vocabulary, rules: VerifyRules
+    gguf: Path,
+    questions: Questions,
+    reference: Reference,
+    vocabulary: Vocabulary,
+    rules: VerifyRules,
+    state: Path | None,
 ) -> tuple[dict[str, Any], Arrays]:
     from advisor.verify.reference import prepare
 
     rendered = [text for text in reference.rendered if text is not None]
     texts = [prepare(text, vocabulary.normaliser, reference.added) for text in (*questions.texts, *rendered)]
     longest = max(len(ids) for ids in (*reference.sequences, *reference.prompts))
+    before = len(reference.prefix) + (0 if reference.cached is None else reference.cached.keys.shape[1])
     return run_llama(
         {
             "do": "inspect",
             "gguf": str(gguf),
-            "context": longest + len(reference.prefix) + rules.samples.greedy_tokens + 8,
+            "prefix": None if state is None else str(state),
+            "context": longest + before + rules.samples.greedy_tokens + 8,
             "texts": texts,
             "with_bos": rendered,
             "conversations": [

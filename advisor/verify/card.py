@@ -78,7 +78,9 @@ def _body(
     ]
     best = next((row for row in rows if row.recommended), rows[0])
     file = Path(best.path).name
-    lines += ["```sh", f"ftadvisor chat {file}", f"ftadvisor serve {file}", f"llama-cli -m {file}"]
+    lines += ["```sh", f"ftadvisor chat {file}"]
+    if not any(file.kind == "prefix_state" for file in made.files):
+        lines += [f"ftadvisor serve {file}", f"llama-cli -m {file}"]
     lines += ["ollama create my-model -f Modelfile"] if (folder / "Modelfile").is_file() else []
     lines += ["```", ""]
     lines += ["## Good to know", "", *(f"- {note}" for note in made.notes), ""] if made.notes else []

@@ -7,13 +7,17 @@ evidence in words. Never does: load a model; pass what it could not compare.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from advisor.errors import InputError
 from advisor.export.architecture import ModelPlan
+from advisor.export.prefix_file import file_caches
 from advisor.export.tokenizer import CONTROL, SPACE, Vocabulary
+from advisor.prefix_state import Prefix, read_state
 from advisor.types import Check
 from advisor.verify.bounds import LogitBounds
 from advisor.verify.contents import Contents
@@ -163,6 +167,36 @@ def metadata(want: dict[str, Any], vocabulary: Vocabulary, file: Contents) -> Ch
         name="metadata", passed=not wrong,
         evidence="; ".join(wrong[:3]) or f"{len(want) + len(lists)} entries as trained; {file.quant}",
         measured={"quant": file.quant, "different": len(wrong)}, bound={"different": 0},
+    )  # fmt: skip
+
+
+def prefix(trained: Prefix | None, state: Path | None, plan: ModelPlan) -> Check:
+    """Compare the sequence state with what peft puts into the cache: the same numbers, bit for bit.
+
+    Args:
+        trained: As peft hands it over; None where no prefix was trained.
+        state: The file; None where there is none.
+        plan: Of the base.
+    """
+    if trained is None or state is None:
+        missing = (
+            "no prefix was trained" if trained is None else "the trained prefix is missing: give --prefix"
+        )
+        return Check(name="prefix", passed=False, measured={}, bound={}, evidence=missing)
+    try:
+        have = read_state(state)
+    except InputError as problem:
+        return Check(name="prefix", passed=False, measured={}, bound={}, evidence=problem.message)
+    want = file_caches(trained, plan)
+    layers, tokens, _ = trained.keys.shape
+    same = len(want) == len(have) and all(
+        np.array_equal(ours.keys, theirs.keys) and np.array_equal(ours.values, theirs.values)
+        for ours, theirs in zip(want, have, strict=True)
+    )
+    told = f"keys and values of {tokens} tokens in {layers} layers"
+    return Check(
+        name="prefix", passed=same, measured={"layers": layers, "tokens": tokens}, bound={},
+        evidence=f"{told} {'as trained' if same else 'are not those that were trained'}",
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 
 from advisor.errors import ModelError
@@ -26,6 +26,7 @@ from advisor.export.chat_template import Conversation
 from advisor.export.merged import Layout
 from advisor.export.source import Trained
 from advisor.export.tokenizer import SPACE, needs_space
+from advisor.prefix_state import Prefix
 from advisor.probe.load import free_cores
 from advisor.verify.bounds import Samples
 
@@ -64,6 +65,8 @@ class Reference:
     special: dict[str, int | None]
     prefix: list[int]
     """Virtual tokens, by the ids that they have in the file."""
+    cached: Prefix | None
+    """Virtual tokens that are keys and values in every layer, as peft hands them to the model."""
     added: tuple[str, ...]
     """Texts that the tokenizer cuts out before anything else."""
     weights: dict[str, torch.Tensor]
@@ -112,6 +115,7 @@ def load_reference(trained: Trained, questions: Questions, samples: Samples) -> 
             gaps=[gaps for _, gaps in continued],
             special={name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
             prefix=prefix,
+            cached=_cached(model),
             added=added,
             weights=weights,
             deltas=deltas,
@@ -242,6 +246,8 @@ def _weights(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Callable[[]
     """Return all parameters with the adapter merged by peft, what it adds to each, and its virtual tokens."""
     if not isinstance(model, PeftModel):
         return dict(model.state_dict()), {}, 0
+    if _is_prefix(model):
+        return dict(model.get_base_model().state_dict()), {}, 0
     if model.active_peft_config.is_prompt_learning:
         weights = _with_prompt(model)
         return weights, {}, model.active_peft_config.num_virtual_tokens
@@ -257,6 +263,23 @@ def _weights(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Callable[[]
         warnings.simplefilter("ignore", UserWarning)
         weights = dict(model.merge_and_unload(safe_merge=True).state_dict()) | ends
     return {name: tensor.detach() for name, tensor in weights.items()}, deltas, 0
+
+
+def _is_prefix(model: Any) -> bool:
+    return isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.PREFIX_TUNING
+
+
+def _cached(model: Any) -> Prefix | None:
+    """Return what every text finds in the cache, in transformers' order of rows."""
+    if not _is_prefix(model):
+        return None
+    with torch.inference_mode():
+        layers = model.get_prompt(batch_size=1).layers
+        keys, values = (
+            np.stack([part[0].transpose(0, 1).flatten(1).float().numpy() for part in parts])
+            for parts in ([layer.keys for layer in layers], [layer.values for layer in layers])
+        )
+    return Prefix(keys=keys, values=values)
 
 
 def _with_prompt(model: Any) -> dict[str, torch.Tensor]:

@@ -12,9 +12,11 @@ import pytest
 import torch
 import transformers
 
-from advisor.chat import ChatSession
-from advisor.errors import ExportError
+from advisor.chat import ChatSession, answer_once
+from advisor.errors import ExportError, InputError, RefusedError, UsageError
 from advisor.export import export_model
+from advisor.running import plan_running
+from advisor.serve import serve
 from advisor.verify import verify_gguf
 from families import make_family
 
@@ -39,6 +41,7 @@ METHODS: dict[str, peft.PeftConfig] = {
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=5, **TASK),
     "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=32, **TASK),
 }  # fmt: skip
+PREFIX = peft.PrefixTuningConfig(num_virtual_tokens=4, **TASK)
 BASES = {"qwen2": {"tied": True}, "gpt2": {"tied": False}}
 
 
@@ -46,15 +49,15 @@ BASES = {"qwen2": {"tied": True}, "gpt2": {"tied": False}}
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
     made = {name: make_family(root / name, name, **more) for name, more in BASES.items()}
-    return made | {"gemma3": make_family(root / "gemma3", "gemma3")}
+    return made | {name: make_family(root / name, name) for name in ("gemma3", "llama")}
 
 
-def train(base: Path, config: Any, target: Path) -> Path:
+def train(base: Path, config: Any, target: Path, *, seed: int = 1) -> Path:
     """Write an adapter whose weights are all random, and the same each time."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     model = peft.get_peft_model(model, copy.deepcopy(config))
-    random = torch.Generator().manual_seed(1)
+    random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in model.parameters():
             if value.requires_grad:
@@ -83,16 +86,52 @@ def test_prompt_before_scaled_embeddings(bases: dict[str, Path], tmp_path: Path)
     session.close()
 
 
+def test_prefix_is_a_state_beside_the_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    """The base with the state answers as the live adapter does; without it, or with another, nothing does."""
+    adapter = train(bases["llama"], PREFIX, tmp_path / "adapter")
+    made = export_model(adapter, quants=("F32",), out=tmp_path)
+    state, file = (Path(one.path) for one in made.files)
+    proof = verify_gguf(file, against=adapter)
+    assert proof.passed, [check.evidence for check in proof.checks if not check.passed]
+    session = ChatSession(file, max_tokens=4)
+    first = "".join(session.reply("Hello"))
+    session.reset()
+    assert "".join(session.reply("Hello")) == first
+    assert answer_once(file, "Hello", max_tokens=4) == first
+    with pytest.raises(UsageError, match="LoRA"):
+        session.use_adapters({})
+    session.close()
+    other = export_model(
+        train(bases["llama"], PREFIX, tmp_path / "other", seed=2), to=("prefix-state",), out=tmp_path / "o"
+    ).files[0]
+    wrong = verify_gguf(file, against=adapter, prefix=Path(other.path))
+    assert {check.name for check in wrong.checks if not check.passed} >= {"prefix", "logits"}
+    with pytest.raises(RefusedError, match="prefix"):
+        serve(file, running=plan_running(file, context_tokens=None, cache=None), port=0, adapters={},
+              api_key=None, on_ready=print)  # fmt: skip
+    for data, said in ((Path(other.path).read_bytes(), "is not the trained prefix"), (None, "not beside it")):
+        state.unlink() if data is None else state.write_bytes(data)
+        with pytest.raises(InputError, match=said):
+            ChatSession(file)
+    Path(other.path).write_bytes(Path(other.path).read_bytes()[:-100])
+    with pytest.raises(InputError, match="cut short"):
+        ChatSession(file, prefix=Path(other.path))
+
+
 def test_what_cannot_be_a_gguf_says_what_to_do(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Prefix tuning and bottleneck adapters are refused with another way; nothing is written."""
-    prefix = train(bases["qwen2"], peft.PrefixTuningConfig(num_virtual_tokens=4, **TASK), tmp_path / "prefix")
+    """Bottleneck adapters are refused, and a prefix where one file must do; nothing is written."""
+    prefix = train(bases["llama"], PREFIX, tmp_path / "prefix")
     other = tmp_path / "other"
     other.mkdir()
     (other / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "BOTTLENECK", "base_model_name_or_path": str(bases["qwen2"])})
+        json.dumps({"peft_type": "BOTTLENECK", "base_model_name_or_path": str(bases["llama"])})
     )
-    for source in (prefix, other):
-        with pytest.raises(ExportError, match="cannot be merged") as caught:
-            export_model(source, out=tmp_path / "out")
-        assert "lora" in caught.value.remedy
+    with pytest.raises(ExportError, match="cannot be merged") as caught:
+        export_model(other, out=tmp_path / "out")
+    assert "lora" in caught.value.remedy
+    for to in (("merged",), ("gguf", "modelfile"), ("lora-gguf",)):
+        with pytest.raises(ExportError):
+            export_model(prefix, to=to, out=tmp_path / "out")
+    with pytest.raises(ExportError, match="no trained prefix"):
+        export_model(bases["llama"], to=("prefix-state",), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

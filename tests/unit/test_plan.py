@@ -360,13 +360,17 @@ def test_export_follows_the_wish() -> None:
     assert "merge_before_gguf" in codes(own)
 
 
-def test_a_forced_prefix_cannot_be_exported() -> None:
-    """It is trained on insistence and the plan says that no GGUF will come of it."""
+def test_a_forced_prefix_is_a_file_beside_the_model() -> None:
+    """It is trained on insistence; the plan says that Ollama cannot load it, and what can."""
     made = plan(rows(), deploy="ollama", requested_method="prefix_tuning", force=True)
     assert made.method == "prefix_tuning"
     assert made.export is not None
     assert not made.export.feasible
     assert "cannot_export" in codes(made)
+    made = plan(rows(), deploy="a laptop", requested_method="prefix_tuning", force=True)
+    assert made.export is not None
+    assert (made.export.feasible, made.export.route) == (True, "prefix_state")
+    assert "llama-cpp-python" in made.export.reason
 
 
 def test_nothing_fits_at_all() -> None:
