@@ -56,7 +56,7 @@ def read_jobs(folder: Path) -> tuple[Job, ...]:
     """
     if not folder.is_dir():
         raise InputError(f"There is no run folder {folder}.", "Make one: ftadvisor plan --out DIR ...")
-    files = sorted(folder.glob("recipe*.yaml"), key=_number)
+    files = recipe_files(folder)
     if not files:
         raise InputError(f"{folder} holds no recipe.yaml, so it is not a run folder.", AGAIN)
     plan = read_record(folder / PLAN, Plan, remedy=AGAIN) if (folder / PLAN).exists() else None
@@ -88,6 +88,11 @@ def read_job(place: Path) -> Job:
     return next((job for job in jobs if job.recipe_file == place.name), None) or _job(
         place.parent, place, None, last=True
     )
+
+
+def recipe_files(folder: Path) -> list[Path]:
+    """Return the recipes of a run folder in the order of their stages."""
+    return sorted(folder.glob("recipe*.yaml"), key=_number)
 
 
 def _number(file: Path) -> int:

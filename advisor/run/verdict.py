@@ -76,12 +76,17 @@ def _told(task: Change | None, known: Change | None) -> list[str]:
 
 def words(change: Change) -> str:
     """Return one figure as a sentence."""
-    shown = "{:.0%}" if change.name.endswith("right") or "share" in change.name else "{:.3g}"
+    shown = "{:.0%}" if is_share(change) else "{:.3g}"
     text = f"{change.name}: {shown.format(change.before)} before, {shown.format(change.after)} after"
     if change.low is not None and change.high is not None:
         rows = f" over {change.rows} rows" if change.rows else ""
         text += f" (change {change.low:+.3g} to {change.high:+.3g} with 95 % certainty{rows})"
     return text[0].upper() + text[1:] + "."
+
+
+def is_share(change: Change) -> bool:
+    """Tell whether a figure is a share of 1, which people read in per cent."""
+    return change.name.endswith("right") or "share" in change.name
 
 
 def _direction(task: Change | None, noise: float) -> str:
