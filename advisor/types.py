@@ -411,6 +411,7 @@ class StageEstimate(Record, frozen=True, kw_only=True):
     seconds: Band
     seconds_source: str = ""
     """As in TimeEstimate."""
+    tokens_per_second: Band | None = None
     disk_bytes: int
     phase: str = ""
     trainable_parameters: int = 0
@@ -665,6 +666,8 @@ class Observation(Record, frozen=True, kw_only=True):
     measured_seconds: float | None = None
     probed_seconds: float | None = None
     """What the probe said before the run."""
+    predicted_tokens_per_second: Band | None = None
+    measured_tokens_per_second: float | None = None
     bench: MatrixBench | None = None
 
 
@@ -727,6 +730,21 @@ class Evaluation(Record, frozen=True, kw_only=True):
     """Prompt, answer before, answer after."""
 
 
+class StageOutcome(Record, frozen=True, kw_only=True):
+    """Predicted against measured of one stage; the fields mean what they do in RunReport."""
+
+    stage: str
+    steps: int
+    seconds: float
+    predicted_seconds: Band | None
+    probed_seconds: float | None
+    predicted_peak_bytes: Band | None
+    measured_peak_bytes: int | None
+    probed_peak_bytes: int | None
+    predicted_tokens_per_second: Band | None
+    tokens_per_second: float | None
+
+
 class RunReport(Record, frozen=True, kw_only=True):
     """What happened: report.json (schema ftadvisor.report/1)."""
 
@@ -747,7 +765,11 @@ class RunReport(Record, frozen=True, kw_only=True):
     measured_peak_bytes: int | None
     probed_peak_bytes: int | None = None
     """At the longest rows, measured before the first step."""
+    predicted_tokens_per_second: Band | None = None
     tokens_per_second: float | None
+    """Of the steps, padding not counted."""
+    earlier_stages: tuple[StageOutcome, ...] = ()
+    """Of the same run; all else here is of the last one."""
     first_loss: float | None
     last_loss: float | None
     heldout_loss_before: float | None

@@ -16,7 +16,8 @@ class ErrorSummary(Record, frozen=True, kw_only=True):
     """Errors of one quantity in one class; an error is predicted over measured, less one."""
 
     quantity: str
-    """memory, time, or `time by the first steps`: what the probe said against what the run took."""
+    """memory; time; time by the first steps: what the probe said against what the run took; time a token,
+    of the steps alone."""
     group: str
     runs: int
     median_error: float
@@ -47,13 +48,18 @@ def _pairs(one: Observation) -> tuple[tuple[str, Band | None, float | None], ...
         return (("memory at the longest rows", one.predicted_peak_bytes, one.measured_peak_bytes),)
     if one.kind != "run":
         return ()
-    said = one.probed_seconds
+    said, rate = one.probed_seconds, one.measured_tokens_per_second
     probed = Band(low=said, expected=said, high=said) if said else None
     return (
         ("memory", one.predicted_peak_bytes, one.measured_peak_bytes),
         ("time", one.predicted_seconds, one.measured_seconds),
         ("time by the first steps", probed, one.measured_seconds),
+        ("time a token", _inverse(one.predicted_tokens_per_second), 1 / rate if rate else None),
     )
+
+
+def _inverse(rate: Band | None) -> Band | None:
+    return Band(low=1 / rate.high, expected=1 / rate.expected, high=1 / rate.low) if rate else None
 
 
 def _summary(quantity: str, group: str, found: list[tuple[float, bool]]) -> ErrorSummary:

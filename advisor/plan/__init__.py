@@ -176,7 +176,7 @@ def _stage(
         estimate=StageEstimate(
             peak_bytes=estimate.peak_bytes, parts=parts, seconds=time.seconds,
             seconds_source=time.source, disk_bytes=disk["total"], phase=estimate.phase,
-            trainable_parameters=estimate.trainable_parameters,
+            trainable_parameters=estimate.trainable_parameters, tokens_per_second=time.tokens_per_second,
         ),
     )  # fmt: skip
 

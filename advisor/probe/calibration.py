@@ -41,9 +41,13 @@ def remember(observation: Observation) -> bool:
         return False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(handle, msgspec.json.encode(observation) + b"\n")
+            size = os.fstat(handle).st_size
+            cut = (
+                size and os.pread(handle, 1, size - 1) != b"\n"
+            )  # by a full disk: the new line must not join
+            os.write(handle, (b"\n" if cut else b"") + msgspec.json.encode(observation) + b"\n")
         finally:
             os.close(handle)
     except OSError:  # a read-only home must not end a training that is done

@@ -46,6 +46,8 @@ def observed(job: Job, report: RunReport) -> Observation:
         settings=_kept(job.recipe), steps=report.steps, predicted_peak_bytes=report.predicted_peak_bytes,
         measured_peak_bytes=report.measured_peak_bytes, predicted_seconds=report.predicted_seconds,
         measured_seconds=report.seconds, probed_seconds=report.probed_seconds,
+        predicted_tokens_per_second=report.predicted_tokens_per_second,
+        measured_tokens_per_second=report.tokens_per_second,
     )  # fmt: skip
 
 

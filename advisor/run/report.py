@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from advisor.errors import AdvisorError
 from advisor.run.thresholds import ForgettingRules
-from advisor.types import Evaluation, Recipe, RecipeDataset, Record, RunReport, StageEstimate
+from advisor.types import Evaluation, Recipe, RecipeDataset, Record, RunReport, StageEstimate, StageOutcome
 
 Status = Literal["done", "failed", "interrupted", "refused"]
 
@@ -27,6 +27,7 @@ def build_report(
     limits: ForgettingRules,
     error: AdvisorError | None,
     evaluation: Evaluation | None = None,
+    earlier_stages: tuple[StageOutcome, ...] = (),
 ) -> RunReport:
     """Return the report of a run.
 
@@ -42,6 +43,7 @@ def build_report(
         limits: how much of earlier tasks may be lost.
         error: why it failed.
         evaluation: what the training changed.
+        earlier_stages: outcomes of the stages before this one.
     """
     seen = list(events)
     steps = [event for event in seen if event["event"] == "step"]
@@ -68,7 +70,9 @@ def build_report(
         predicted_peak_bytes=estimate.peak_bytes if estimate else None,
         measured_peak_bytes=max(peaks, default=None),
         probed_peak_bytes=probe.get("measured_peak_bytes"),
+        predicted_tokens_per_second=estimate.tokens_per_second if estimate else None,
         tokens_per_second=last.get("tokens_per_second"),
+        earlier_stages=earlier_stages,
         first_loss=losses.get(1),
         last_loss=last.get("loss"),
         heldout_loss_before=heldout.get("before"),
@@ -84,6 +88,13 @@ def build_report(
         evaluation=evaluation,
         error=error.message if error else None,
         remedy=error.remedy if error else None,
+    )
+
+
+def outcome(stage: str, report: RunReport) -> StageOutcome:
+    """Return what a stage's report says of predicted and measured."""
+    return StageOutcome(
+        stage=stage, **{name: getattr(report, name) for name in StageOutcome.__struct_fields__[1:]}
     )
 
 

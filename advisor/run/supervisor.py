@@ -26,7 +26,7 @@ from advisor.run.launch import require_packages, start_program
 from advisor.run.lock import FolderLock
 from advisor.run.observe import observed
 from advisor.run.probe_steps import probe_first
-from advisor.run.report import Status, build_report, figures_of_both
+from advisor.run.report import Status, build_report, figures_of_both, outcome
 from advisor.run.signs import RunState
 from advisor.run.stages import (
     EVALUATIONS,
@@ -240,6 +240,10 @@ def _report(job: Job, *, status: Status, error: AdvisorError | None) -> RunRepor
         packages=installed_packages(),
         error=error,
         evaluation=_evaluation(folder, figures_of_both(events)),
+        earlier_stages=tuple(
+            outcome(place.parent.name, read_record(place, RunReport))
+            for place in sorted(folder.glob(f"stages/*/{REPORT}"))
+        ),
     )
 
 

@@ -29,6 +29,7 @@ from advisor.types import (
     ModelSpec,
     Plan,
     RunReport,
+    StageOutcome,
     TimeEstimate,
     Verification,
 )
@@ -240,13 +241,10 @@ def estimate(spec: ModelSpec, found: MemoryEstimate, step: TimeEstimate | None) 
 def report(made: RunReport) -> RenderableType:
     """Draw the end of a run: predicted against measured, losses, where the result lies."""
     rows: list[tuple[str, RenderableType]] = [
-        (
-            "Status",
-            f"{made.status}, {made.steps} of {made.steps_planned} steps in {format_seconds(made.seconds)}"
-            + (f", predicted {band_of_seconds(made.predicted_seconds)}" if made.predicted_seconds else "")
-            + (f", by the first steps {format_seconds(made.probed_seconds)}" if made.probed_seconds else ""),
-        ),
+        (f"Stage {one.stage}", _outcome(one)) for one in made.earlier_stages
     ]
+    steps = f"{made.status}, {made.steps} of {made.steps_planned} steps in {format_seconds(made.seconds)}"
+    rows.append(("Status", steps + _predicted_seconds(made)))
     if made.supervised_tokens is not None:
         rows.append(
             ("Trained tokens", f"{format_count(made.supervised_tokens)} a pass over the data, answers only")
@@ -260,15 +258,9 @@ def report(made: RunReport) -> RenderableType:
             ("Held-out loss", f"{made.heldout_loss_before:.3f} -> {made.heldout_loss_after:.3f} (measured)")
         )
     if made.tokens_per_second is not None:
-        rows.append(("Speed, measured", f"{made.tokens_per_second:.0f} tokens a second"))
+        rows.append(("Speed, measured", _speed(made)))
     if made.measured_peak_bytes is not None:
-        predicted = (
-            f", predicted {band_of_bytes(made.predicted_peak_bytes)}" if made.predicted_peak_bytes else ""
-        )
-        longest = (
-            f", at the longest rows {format_bytes(made.probed_peak_bytes)}" if made.probed_peak_bytes else ""
-        )
-        rows.append(("Memory, measured", f"{format_bytes(made.measured_peak_bytes)}{predicted}{longest}"))
+        rows.append(("Memory, measured", _peak(made)))
     rows += [("Result", f"{name}: {path}") for name, path in made.artefacts.items()]
     rows += [
         ("Kept of " + name, f"{share:.0%} (on held-out rows, measured)") for name, share in made.kept.items()
@@ -276,6 +268,33 @@ def report(made: RunReport) -> RenderableType:
     rows += [("Decision", text) for text in made.decisions]
     rows += [("No success", text) for text in made.forgotten]
     return Group(Rule("Run", align="left", style="quiet"), pairs(rows))
+
+
+def _outcome(made: StageOutcome) -> str:
+    parts = [f"{made.steps} steps in {format_seconds(made.seconds)}{_predicted_seconds(made)}"]
+    if made.tokens_per_second is not None:
+        parts.append(_speed(made))
+    if made.measured_peak_bytes is not None:
+        parts.append(_peak(made))
+    return "; ".join(parts)
+
+
+def _predicted_seconds(made: RunReport | StageOutcome) -> str:
+    said = f", predicted {band_of_seconds(made.predicted_seconds)}" if made.predicted_seconds else ""
+    probed = f", by the first steps {format_seconds(made.probed_seconds)}" if made.probed_seconds else ""
+    return said + probed
+
+
+def _speed(made: RunReport | StageOutcome) -> str:
+    band = made.predicted_tokens_per_second
+    said = f", predicted {band.expected:.0f} ({band.low:.0f} to {band.high:.0f})" if band else ""
+    return f"{made.tokens_per_second:.0f} tokens a second{said}"
+
+
+def _peak(made: RunReport | StageOutcome) -> str:
+    said = f", predicted {band_of_bytes(made.predicted_peak_bytes)}" if made.predicted_peak_bytes else ""
+    probed = f", at the longest rows {format_bytes(made.probed_peak_bytes)}" if made.probed_peak_bytes else ""
+    return f"{format_bytes(made.measured_peak_bytes or 0)}{said}{probed}"
 
 
 def runs(states: Sequence[RunState]) -> RenderableType:

@@ -214,7 +214,11 @@ def test_observations_are_kept_and_summed_up(tmp_path: Path, monkeypatch: pytest
     file = calibration_file()
     assert file is not None
     file.write_bytes(file.read_bytes() + b'{"kind": "run", "cut')
-    (memory,) = summarise(observations())
+    rate = Band(low=80.0, expected=100.0, high=120.0)
+    remember(seen(1.0, 0.0, predicted_tokens_per_second=rate, measured_tokens_per_second=50.0))
+    memory, speed = summarise(observations())
+    assert (speed.quantity, speed.above_high) == ("time a token", 1)
+    assert speed.worst_error == pytest.approx(-0.5)
     assert (memory.quantity, memory.runs, memory.above_high) == ("memory", 3, 1)
     assert memory.median_error == pytest.approx(0.2)
     assert memory.worst_error == pytest.approx(0.25)

@@ -521,7 +521,8 @@ def _in_two(stage: Stage) -> Path:
 
 
 def test_stages_follow_each_other_and_go_on_where_it_failed(stage: Stage) -> None:
-    """The second begins with the first's result; after a failure in it, only the second is trained again."""
+    """The second begins with the first's result; after a failure in it, only the second is trained again. The
+    report at the end has the outcome of both."""
     folder = _in_two(stage)
     with pytest.raises(TrainingError, match="not yet"):
         run(folder)
@@ -535,6 +536,8 @@ def test_stages_follow_each_other_and_go_on_where_it_failed(stage: Stage) -> Non
     assert {event["stage"] for event in seen} == {"2-sft"}
     assert (folder / "model" / "weights").read_text() == "recipe-2-sft.yaml"
     assert run(folder, resume=True) == stage.report
+    (first,) = stage.report.earlier_stages
+    assert (first.stage, first.steps) == ("1-sft", 5)
 
 
 def test_a_kill_while_a_result_is_put_away_loses_nothing(stage: Stage) -> None:
