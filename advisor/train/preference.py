@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -26,7 +26,7 @@ from advisor.train.evaluation import Evaluator
 from advisor.train.pairs import Judged, open_judged, pair_table, whole_table
 from advisor.train.session import HELDOUT, Session, carry_out, open_model, open_tokenizer, trainer_arguments
 from advisor.train.settings import Settings
-from advisor.train.trainer import batches, judging, pad_multiple
+from advisor.train.trainer import batches, chunked_head, judging, pad_multiple
 from advisor.train.tuners import trained_to_fp32
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -108,22 +108,6 @@ class PairTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 def collator(settings: Settings, *, pad_id: int) -> DataCollatorForPreference:
     """Return what makes a batch of pairs: prompts and answers joined, padded as the trainer of SFT pads."""
     return DataCollatorForPreference(pad_token_id=pad_id, pad_to_multiple_of=pad_multiple(settings))
-
-
-@contextlib.contextmanager
-def chunked_head(model: Any) -> Iterator[None]:
-    """Give a model TRL's head that never holds all logits, for a while.
-
-    The trainer's own one is gone once the model is unwrapped to be saved."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    before = vars(base).get("forward")
-    add_fused_lm_head(base)
-    try:
-        yield
-    finally:
-        del base.forward
-        if before is not None:
-            base.forward = before
 
 
 def answer_logps(

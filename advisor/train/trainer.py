@@ -16,6 +16,7 @@ from peft import PeftModel, PeftType
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from trl import SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from advisor.train.data import IGNORED
 from advisor.train.model import DTYPES
@@ -133,6 +134,22 @@ def batches(
         }
 
 
+@contextlib.contextmanager
+def chunked_head(model: Any) -> Iterator[None]:
+    """Give a model TRL's head that never holds all logits, for a while.
+
+    The trainer's own one is gone at the end of a training in 16 bits, when the model is unwrapped."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    before = vars(base).get("forward")
+    add_fused_lm_head(base)
+    try:
+        yield
+    finally:
+        del base.forward
+        if before is not None:
+            base.forward = before
+
+
 def heldout_figures(
     trainer: AnswerTrainer, rows: dict[str, Dataset], settings: Settings, *, remembered: Collection[str] = ()
 ) -> dict[str, float | None]:
@@ -185,9 +202,14 @@ def mean_token_loss(trainer: AnswerTrainer, rows: Dataset | None, settings: Sett
         return None
     model = trainer.model
     total, tokens = 0.0, 0
-    with judging(model, settings):
+    head = contextlib.nullcontext() if trainer.plain_loss else chunked_head(model)
+    with judging(model, settings), head:
         for batch in batches(model, rows, trainer.data_collator, settings.micro_batch):
             trained = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(trainer.compute_loss(model, batch)) * trained
+            if trainer.plain_loss:
+                loss = trainer.compute_loss(model, batch)
+            else:
+                loss = model(**batch, fused_lm_head=True).loss
+            total += float(loss) * trained
             tokens += trained
     return total / max(tokens, 1)

@@ -17,15 +17,17 @@ from safetensors.numpy import load_file
 from advisor.errors import AdvisorError, InputError, RefusedError, UnknownNameError
 from advisor.recipe import check
 from advisor.resources import recipes_dir
+from advisor.run.events import read_events
 from advisor.storage import read_record
 from advisor.types import Program, Recipe
-from training import SETTINGS, make_run
+from training import SETTINGS, make_run, run_here
 
 torch = pytest.importorskip("torch")
 from transformers import AutoModelForCausalLM  # noqa: E402 - after the check that it is installed
 
+from advisor.train.data import IGNORED  # noqa: E402
 from advisor.train.settings import SftSettings, read_settings  # noqa: E402
-from advisor.train.trainer import IGNORED, AnswerTrainer, mean_token_loss  # noqa: E402
+from advisor.train.trainer import AnswerTrainer, mean_token_loss  # noqa: E402
 from advisor.train.tuners import lora_config, prepare_model, target_modules  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -93,6 +95,22 @@ def test_full_tuning_moves_and_saves_all_weights(trained: Any, tiny_model: Path)
     assert (tokenizer["eos_token"], tokenizer["pad_token"]) == ("<|im_end|>", "<|pad|>")
     assert config["use_cache"] is True
     assert "generation" in (folder / "chat_template.jinja").read_text()
+
+
+def test_the_tiled_loss_judges_after_the_training_too(
+    tiny_model: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """All weights in 16 bits, where the libraries take the tiled head away at the end of the training: the
+    held-out loss is measured all the same, and the weights are kept."""
+    folder = make_run(
+        tmp_path, tuner="full", model=tiny_model, data=data_file, precision="bf16", loss="chunked",
+        max_steps=2,
+    )  # fmt: skip
+    assert run_here(folder) == 0
+    told = [event for event in read_events(folder / "events.jsonl") if event["event"] == "heldout"]
+    assert [event["when"] for event in told] == ["before", "after"]
+    assert told[1]["loss"] < told[0]["loss"]
+    assert (folder / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("tuner", ["lora", "qlora"])
