@@ -319,6 +319,26 @@ class Scenario(Record, frozen=True, kw_only=True):
 # --- the estimate --------------------------------------------------------------------------------
 
 
+class TunerMemory(Record, frozen=True, kw_only=True):
+    """Memory of a tuner that is stated as data, for each layer that it tunes unless it says `once`.
+
+    Each mapping is a sum: products of sizes (`in` and `out` of the layer, `min` and `max` of the two, the
+    rank `r`, `1/r`, `1`) to their factors; `{"in*r" = 1, "out*r" = 1}` is LoRA's. What is `once` is held for
+    all layers together, as wide as the widest.
+    """
+
+    trained: dict[str, float]
+    """Parameters."""
+    trained_once: dict[str, float] = {}
+    frozen_bytes: dict[str, float] = {}
+    """Of fixed tensors beside the model's."""
+    frozen_once_bytes: dict[str, float] = {}
+    token_bytes: dict[str, float] = {}
+    """Kept for the backward pass, for each token; read off a loop without autocast, parameters in 32 bits."""
+    kept_bytes: dict[str, float] = {}
+    """Kept for the backward pass, whatever the batch: matrices that are made of the parameters."""
+
+
 class MemorySettings(Record, frozen=True, kw_only=True):
     """What decides the memory of one training step; the input of the estimator."""
 
@@ -354,6 +374,12 @@ class MemorySettings(Record, frozen=True, kw_only=True):
     """Width of adapter weights; None: 32, as our programs hold them (TRL alone: 16 on 4 bits)."""
     accumulate: bool = True
     """Gradients of earlier micro batches are held while the next one is computed."""
+    optimizer_in_backward: bool = False
+    """Each gradient is used and let go of at once; none is accumulated."""
+    offload_activations: bool = False
+    """What the blocks keep waits in the memory of the host."""
+    stated: TunerMemory | None = None
+    """Of a tuner that the closed form has no counts of its own for."""
 
 
 class Part(Record, frozen=True, kw_only=True):
@@ -1053,6 +1079,8 @@ class TunerFacts(Record, frozen=True, kw_only=True):
     """Share of the best method's gain kept, by the cross-method benchmark named in `source`; 0 to 1."""
     forgetting: float
     """Relative forgetting by the same benchmark; 0 is none."""
+    memory: TunerMemory | None = None
+    """Of one that the estimator has no counts of its own for; without it, it counts as its group does."""
     source: str
     checked: str
     verified: bool = True

@@ -1,7 +1,9 @@
 """Is the memory estimate true? Compares it with peaks that others measured, and keeps the table.
 
-Goes in: a CSV of measured rows (default benchmarks/data/measured_memory.csv) and the assumptions of each
-source. Comes out: benchmarks/results/memory-<date>.md and the same on the screen. Never does: train; fit.
+Goes in: a CSV of measured rows (default benchmarks/data/measured_memory.csv), and how the rows of each source
+are read (benchmarks/data/assumptions.toml). Comes out: benchmarks/results/memory-<date>.md, and the same on
+the screen.
+Never does: train; change a constant of the estimator.
 
     python benchmarks/memory.py [CSV] [--out FILE]
 """
@@ -13,6 +15,7 @@ import csv
 import datetime
 import statistics
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +24,35 @@ from advisor.errors import AdvisorError
 from advisor.estimate.activations import tokens
 from advisor.estimate.layers import layout
 from advisor.estimate.memory import estimate_memory
+from advisor.estimate.stated import stated_tuner
 from advisor.estimate.tunable import trainable_parameters
-from advisor.types import MemorySettings, ModelFacts, ModelShape, ModelSpec, Record
+from advisor.types import (
+    MemoryEstimate,
+    MemorySettings,
+    ModelFacts,
+    ModelShape,
+    ModelSpec,
+    Record,
+    TunerMemory,
+)
 from advisor.units import GIB
 
 HERE = Path(__file__).parent
-TUNERS = {
-    "full": "full", "lora": "lora", "qlora": "lora", "ia3": "ia3", "ln_tuning": "layernorm",
-    "prefix_tuning": "prefix_tuning", "prompt_tuning": "prompt_tuning", "p_tuning": "p_tuning",
-    "vera": "vera",
-}  # fmt: skip
-APPROXIMATE = ("phi-1.5", "StableLM Alpha")
+KNOWN = knowledge.load()
+RULES = KNOWN.rules["memory"]
+SHAPES = tomllib.loads((HERE / "data" / "models.toml").read_text(encoding="utf-8"))
+Row = dict[str, str]
+
+
+class LeftOutError(Exception):
+    """A row is not compared; the message says why."""
 
 
 class Compared(Record, frozen=True, kw_only=True):
     """One row with its estimate, in bytes."""
 
     id: str
+    source: str
     group: str
     method: str
     what: str
@@ -51,6 +66,24 @@ class Compared(Record, frozen=True, kw_only=True):
         return self.expected / self.measured - 1
 
 
+class Fits(Record, frozen=True, kw_only=True):
+    """One row of which only is known whether it fitted."""
+
+    id: str
+    what: str
+    fitted: bool
+    low: float
+    high: float
+    room: float
+
+    @property
+    def verdict(self) -> str:
+        """What the estimate says of the room: right, open (it lies within the band) or wrong."""
+        if self.low <= self.room < self.high:
+            return "open"
+        return "right" if self.fitted == (self.high <= self.room) else "wrong"
+
+
 def main() -> None:
     """Read, compare, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -58,83 +91,106 @@ def main() -> None:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"memory-{today}.md")
     chosen = parser.parse_args()
-    sources = tomllib.loads((HERE / "data" / "assumptions.toml").read_text(encoding="utf-8"))["sources"]
-    compared, skipped = compare(chosen.csv, sources)
-    text = report(compared, skipped, sources)
+    how = tomllib.loads((HERE / "data" / "assumptions.toml").read_text(encoding="utf-8"))
+    with chosen.csv.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    text = report(rows, how)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(text, encoding="utf-8")
     print(text)
 
 
-def compare(path: Path, sources: list[dict[str, Any]]) -> tuple[list[Compared], dict[str, int]]:
-    """Estimate every row that its columns and the assumptions describe; count the others by reason."""
+def compare(
+    rows: Iterable[Row], how: dict[str, Any], **fixed: Any
+) -> tuple[list[Compared], list[Fits], dict[str, list[str]]]:
+    """Estimate every row that its columns and the assumptions describe; keep the ids of the others by reason.
+
+    Args:
+        rows: of the table.
+        how: content of assumptions.toml.
+        fixed: settings that replace those of the source.
+    """
     compared: list[Compared] = []
-    skipped: dict[str, int] = {}
-    with path.open(encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            try:
-                compared.append(_compare_row(row, sources))
-            except (LookupError, AdvisorError) as reason:
-                text = str(reason.args[0]) if reason.args else type(reason).__name__
-                skipped[text] = skipped.get(text, 0) + 1
-    return compared, skipped
+    fits: list[Fits] = []
+    left_out: dict[str, list[str]] = {}
+    for row in rows:
+        try:
+            found = _compare_row(row, how, fixed)
+        except (LeftOutError, AdvisorError) as reason:
+            left_out.setdefault(str(reason), []).append(row["id"])
+            continue
+        if isinstance(found, Fits):
+            fits.append(found)
+        else:
+            compared.append(found)
+    return compared, fits, left_out
 
 
-def _compare_row(row: dict[str, str], sources: list[dict[str, Any]]) -> Compared:
-    source = next((one for one in sources if _matches(row, one["match"])), None)
+def _compare_row(row: Row, how: dict[str, Any], fixed: dict[str, Any]) -> Compared | Fits:
+    for other in how["left_out"]:
+        if _matches(row, other):
+            raise LeftOutError(other["reason"])
+    source = next((one for one in how["sources"] if _matches(row, one)), None)
     if source is None:
-        raise LookupError("too little of the configuration is known")
-    if not row["peak_gib"]:
-        raise LookupError("out of memory or no figure")
-    if row["method"] not in TUNERS or _unusual(row):
-        raise LookupError("a tuner that is not offered")
-    if "in-bwd" in row["optimizer"] or "offload" in row["grad_ckpt"]:
-        raise LookupError(
-            "an optimizer inside the backward pass or offloaded activations, which are not offered"
-        )
-    spec, settings = _spec(row, source), _settings(row, source)
+        raise LeftOutError("too little of the configuration is known")
+    cases = [case for case in source.get("cases", []) if _matches(row, case)]
+    for case in cases:
+        if "left_out" in case:
+            raise LeftOutError(case["left_out"])
+    terms: dict[str, Any] = {**source, **{key: value for case in cases for key, value in case.items()}}
+    given = {**source["settings"], **_columns(row, source)}
+    for case in cases:
+        given |= case.get("settings", {})
+    spec = _spec(row, terms)
+    settings = _settings({**given, **fixed}, source)
+    if not row["peak_gib"] and row["outcome"] not in ("fits", "OOM"):
+        raise LeftOutError("no figure")
     stated = int(row["trainable_params"] or 0)
-    if stated and stated != trainable_parameters(spec, settings):
-        raise LookupError("a variant of the tuner with another number of parameters")
-    found = estimate_memory(spec, settings, knowledge.load().rules["memory"])
+    counted = trainable_parameters(spec, settings)
+    if stated and abs(counted - stated) > terms.get("count_tolerance", 0) * stated:
+        raise LeftOutError(f"{row['id']} trains {stated:,} parameters where {counted:,} were counted")
+    found = estimate_memory(spec, settings, RULES)
+    what = f"{row['model']}, batch {settings.micro_batch} x {settings.seq_len}"
+    extra = _outside(terms, spec, settings)
+    if not row["peak_gib"]:
+        return _fits(row, terms, found, extra, f"{what}, {_method(row)}")
     band = found.reserved_bytes if source["metric"] == "reserved" else found.allocated_bytes
-    extra = _outside(row, source, spec, settings)
-    group = source["name"] + (" (layout approximate)" if row["model"] in APPROXIMATE else "")
-    group += " compiled" if "compile" in row["attn_impl"] else ""
     return Compared(
-        id=row["id"], group=group, method=_method(row),
-        what=f"{row['model']}, batch {settings.micro_batch} x {settings.seq_len}",
-        measured=float(row["peak_gib"]) * GIB, expected=band.expected + extra, high=band.high + extra,
+        id=row["id"], source=source["name"], group=terms.get("group", source["name"]), method=_method(row),
+        what=what, measured=float(row["peak_gib"]) * GIB, expected=band.expected + extra,
+        high=band.high + extra,
     )  # fmt: skip
 
 
-def _matches(row: dict[str, str], wanted: dict[str, str]) -> bool:
-    return all(row[column].startswith(value) for column, value in wanted.items())
+def _fits(row: Row, terms: dict[str, Any], found: MemoryEstimate, extra: int, what: str) -> Fits:
+    """A row that ran out of memory or did not, on a device of a known size."""
+    return Fits(
+        id=row["id"], what=what, fitted=row["outcome"] == "fits", low=found.peak_bytes.low + extra,
+        high=found.peak_bytes.high + extra, room=terms["room_gib"] * GIB,
+    )  # fmt: skip
 
 
-def _unusual(row: dict[str, str]) -> bool:
-    return any(word in row["reference"] for word in ("lorafa", "bdlora", "mica"))
+def _matches(row: Row, wanted: dict[str, Any]) -> bool:
+    """A row matches when each named column begins with the value, and the reference holds `reference`."""
+    columns: dict[str, str] = wanted.get("match", {})
+    return wanted.get("reference", "") in row["reference"] and all(
+        row[name].startswith(value) for name, value in columns.items()
+    )
 
 
-def _method(row: dict[str, str]) -> str:
-    kind = row["method"] + (f" {row['quant']}" if row["quant"] not in ("", "none") else "")
-    return f"{kind}, checkpointing {row['grad_ckpt']}" if row["source"].startswith("pytorch") else kind
+def _method(row: Row) -> str:
+    return row["method"] + (f" {row['quant']}" if row["quant"] not in ("", "none") else "")
 
 
-def _spec(row: dict[str, str], source: dict[str, Any]) -> ModelSpec:
-    known = tomllib.loads((HERE / "data" / "models.toml").read_text(encoding="utf-8"))
-    shape = known.get(f"{row['model']}|{row['trainable_params']}") or known.get(row["model"])
+def _spec(row: Row, terms: dict[str, Any]) -> ModelSpec:
+    name = terms.get("model", row["model"])
+    shape = SHAPES.get(f"{row['model']}|{row['trainable_params']}") or SHAPES.get(name)
     if shape:
-        return _spec_of(row["model"], {"tied": False, "parameters": 1, "context_tokens": 2048, **shape})
-    models = knowledge.load().models
-    name = source.get("model", row["model"])
-    if name not in models:
-        raise LookupError("the model's shape is not known")
-    return _spec_of(name, _fields(models[name]))
-
-
-def _fields(facts: ModelFacts) -> dict[str, Any]:
-    return {name: getattr(facts, name) for name in facts.__struct_fields__}
+        return _spec_of(name, {"tied": False, "parameters": 1, "context_tokens": 2048, **shape})
+    if name not in KNOWN.models:
+        raise LeftOutError(f"the shape of {name} is not known")
+    facts: ModelFacts = KNOWN.models[name]
+    return _spec_of(name, {field: getattr(facts, field) for field in facts.__struct_fields__})
 
 
 def _spec_of(name: str, fields: dict[str, Any]) -> ModelSpec:
@@ -146,84 +202,92 @@ def _spec_of(name: str, fields: dict[str, Any]) -> ModelSpec:
     )  # fmt: skip
 
 
-def _settings(row: dict[str, str], source: dict[str, Any]) -> MemorySettings:
-    tuner = "dora" if "dora" in row["reference"] else TUNERS[row["method"]]
-    given: dict[str, Any] = {**source["settings"], "tuner": tuner}
-    for column, key in (("micro_batch", "micro_batch"), ("seq_len", "seq_len"), ("lora_r", "lora_r")):
+def _columns(row: Row, source: dict[str, Any]) -> dict[str, Any]:
+    """Settings that stand in the columns of the row."""
+    given: dict[str, Any] = {"tuner": row["method"]}
+    for column in ("micro_batch", "seq_len", "lora_r"):
         if row[column]:
-            given[key] = int(row[column])
-    if "nf4" in row["quant"]:
+            given[column] = int(row[column])
+    if int(row["n_gpu"] or 1) > 1:
+        given |= {"gpus": int(row["n_gpu"]), "shard": "fsdp"}
+    if "nf4" in row["quant"] or "fp4" in row["quant"]:
         given |= {"weight_bits": 4, "double_quant": "dq" in row["quant"]}
-    targets = row["lora_targets"].split()
-    if source["name"] == "peft" and targets:
-        given["target"] = ",".join(targets)
-    if source["name"] == "torchtune":
-        given |= _torchtune(row)
-    width = {"prefix_tuning": 28 * 2 * 1024, "prompt_tuning": 3072}.get(row["method"])
-    if width:
-        given["virtual_tokens"] = int(row["trainable_params"]) // width
-    if row["method"] == "p_tuning":
-        given["virtual_tokens"] = 20
-    return MemorySettings(**given)
+    if "int8" in row["quant"]:
+        given["weight_bits"] = 8
+    if row["grad_ckpt"]:
+        given["gradient_checkpointing"] = row["grad_ckpt"].startswith("yes")
+    if source.get("targets_named") and row["lora_targets"]:
+        given["target"] = ",".join(row["lora_targets"].split())
+    return given
 
 
-def _torchtune(row: dict[str, str]) -> dict[str, Any]:
-    eight = "8bit" in row["optimizer"]
-    return {
-        "gradient_checkpointing": row["grad_ckpt"] != "no",
-        "loss": "chunked" if "chunked" in row["loss_impl"] else "full_logits",
-        "optimizer": "adamw_8bit" if eight else "adamw_torch_fused",
-    }
+def _settings(given: dict[str, Any], source: dict[str, Any]) -> MemorySettings:
+    """Add what is stated of a tuner: by the source, for a program of its own, or by kb/."""
+    tuner = given["tuner"]
+    own = source.get("tuners", {}).get(tuner)
+    return MemorySettings(
+        **given, stated=TunerMemory(**own) if own else stated_tuner(tuner, KNOWN.rules["tuners"])
+    )
 
 
-def _outside(row: dict[str, str], source: dict[str, Any], spec: ModelSpec, settings: MemorySettings) -> int:
+def _outside(terms: dict[str, Any], spec: ModelSpec, settings: MemorySettings) -> int:
     """Bytes that the source's program keeps beyond the one that is estimated, as its assumptions say."""
-    blocks, hidden, ffn = layout(spec).blocks, spec.shape.hidden, spec.shape.intermediate
-    each = source.get("kept_per_hidden", 0) * hidden
-    if source.get("keeps_quantised_inputs") and settings.weight_bits == 4:
-        each += 2 * (3 * hidden + ffn)
-    known = tomllib.loads((HERE / "data" / "models.toml").read_text(encoding="utf-8"))
-    if "mlp_kept" in known.get(row["model"], {}):
-        each -= 2 * (4 - known[row["model"]]["mlp_kept"]) * ffn
-    return tokens(settings) * blocks * each
+    plan, shape = layout(spec), spec.shape
+    each = terms.get("kept_per_hidden", 0) * shape.hidden
+    if terms.get("keeps_quantised_inputs") and settings.weight_bits < 16:
+        each += 2 * (3 * shape.hidden + shape.intermediate)
+    if terms.get("keeps_cache") and settings.tuner != "prefix_tuning":
+        each += 2 * 2 * shape.kv_heads * shape.head_dim
+    if "mlp_kept" in SHAPES.get(spec.id, {}):
+        each -= 2 * (4 - SHAPES[spec.id]["mlp_kept"]) * shape.intermediate
+    blocks = 1 if settings.gradient_checkpointing else plan.blocks
+    whole = 2 * (plan.blocks + 2) * plan.block_weights if terms.get("whole_gradients") else 0
+    wide = terms.get("wide_vocabulary", 0) * (plan.embedding + plan.head)
+    logits = terms.get("logit_bytes", 0) * shape.vocab
+    kept = tokens(settings) * (blocks * each + logits)
+    return int(kept + whole + wide)
 
 
-def report(compared: list[Compared], skipped: dict[str, int], sources: list[dict[str, Any]]) -> str:
+def report(rows: list[Row], how: dict[str, Any]) -> str:
     """Return the table in Markdown."""
-    lines = ["# Memory: estimated against measured", "", f"{len(compared)} rows compared.", ""]
-    lines += [
-        "| source | rows | median error | 90th percentile | above high | worst |",
-        "|---|---|---|---|---|---|",
-    ]
-    groups = dict.fromkeys(row.group for row in compared)
-    lines += [_line(name, [row for row in compared if row.group == name]) for name in groups]
-    lines.append(_line("all", compared))
-    methods = dict.fromkeys(row.method.partition(",")[0] for row in compared)
-    lines += [
-        "",
-        "| method | rows | median error | 90th percentile | above high | worst |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        _line(name, [row for row in compared if row.method.partition(",")[0] == name]) for name in methods
-    ]
-    lines += ["", *_swapped(compared)]
-    lines += [
-        "",
-        "## The worst rows",
-        "",
-        "| row | source | method | what | measured GiB | estimated | high | error |",
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for row in sorted(compared, key=lambda one: -abs(one.error))[:12]:
-        figures = f"{row.measured / GIB:.2f} | {row.expected / GIB:.2f} | {row.high / GIB:.2f}"
-        lines.append(f"| {row.id} | {row.group} | {row.method} | {row.what} | {figures} | {row.error:+.1%} |")
+    compared, fits, left_out = compare(rows, how)
+    head = f"{len(compared)} of {len(rows)} rows compared, {len(fits)} more on whether they fit."
+    lines = ["# Memory: estimated against measured", "", head, ""]
+    lines += [*_table("source", {row.group: row.group for row in compared}, compared, "group"), ""]
+    lines += [*_table("method", {row.method: row.method for row in compared}, compared, "method"), ""]
+    lines += [*_swapped(compared), "", *_halves(rows, how), "", *_worst(compared), "", *_fitting(fits)]
     lines += ["", "## What had to be assumed", ""]
-    for source in sources:
+    for source in how["sources"]:
         lines += [f"- **{source['name']}** ({source['metric']}): " + "; ".join(source["assumed"]) + "."]
     lines += ["", "## Rows left out", ""]
-    lines += [f"- {count} rows: {reason}" for reason, count in sorted(skipped.items())]
+    lines += [f"- {len(ids)} rows ({_span(ids)}): {reason}" for reason, ids in left_out.items()]
     return "\n".join(lines) + "\n"
+
+
+def _span(ids: list[str]) -> str:
+    return ", ".join(ids) if len(ids) <= 8 else f"{ids[0]} to {ids[-1]}"
+
+
+def _table(title: str, names: Iterable[str], compared: list[Compared], field: str) -> list[str]:
+    lines = [
+        f"| {title} | rows | median error | 90th percentile | above high | worst |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [_line(name, [row for row in compared if getattr(row, field) == name]) for name in names]
+    return [*lines, _line("all", compared)]
+
+
+def _line(name: str, rows: list[Compared]) -> str:
+    worst = max(rows, key=lambda row: abs(row.error))
+    above = sum(row.measured > row.high for row in rows)
+    middle, ninth = _errors(rows)
+    return f"| {name} | {len(rows)} | {middle:.1%} | {ninth:.1%} | {above} | {worst.id} {worst.error:+.1%} |"
+
+
+def _errors(rows: list[Compared]) -> tuple[float, float]:
+    """Median and 90th percentile of the absolute errors."""
+    errors = sorted(abs(row.error) for row in rows)
+    return statistics.median(errors), errors[min(len(errors) - 1, round(0.9 * (len(errors) - 1)))]
 
 
 def _swapped(compared: list[Compared]) -> list[str]:
@@ -233,40 +297,63 @@ def _swapped(compared: list[Compared]) -> list[str]:
     shortfall twice over, at least 5%.
     """
     lines = [
-        "## Calibrated on the others",
-        "",
-        "What each source would have got from the other sources alone: a factor, and the upper bound.",
-        "",
+        "## Calibrated on the others", "",
+        "What each source would have got from the other sources alone: a factor, and the upper bound.", "",
         "| source | rows | factor of the others | median error as it is | with that factor | their bound "
         "| above it |",
         "|---|---|---|---|---|---|---|",
-    ]
-    for name in dict.fromkeys(_source(row) for row in compared):
-        own = [row for row in compared if _source(row) == name]
-        others = [row.measured / row.expected for row in compared if _source(row) != name]
+    ]  # fmt: skip
+    for name in dict.fromkeys(row.source for row in compared):
+        own = [row for row in compared if row.source == name]
+        others = [row.measured / row.expected for row in compared if row.source != name]
         factor, bound = statistics.median(others), 1 + max(0.05, 2 * (max(others) - 1))
-        plain = statistics.median(abs(row.error) for row in own)
         scaled = statistics.median(abs(factor * row.expected / row.measured - 1) for row in own)
         above = sum(row.measured > bound * row.expected for row in own)
-        lines.append(
-            f"| {name} | {len(own)} | {factor:.3f} | {plain:.1%} | {scaled:.1%} | {bound:.2f} | {above} |"
-        )
+        errors = f"{_errors(own)[0]:.1%} | {scaled:.1%}"
+        lines.append(f"| {name} | {len(own)} | {factor:.3f} | {errors} | {bound:.2f} | {above} |")
     return lines
 
 
-def _source(row: Compared) -> str:
-    return row.group.partition(" ")[0]
+def _halves(rows: list[Row], how: dict[str, Any]) -> list[str]:
+    """The unknown of PEFT's benchmark, its longest batch: found on half of the rows, tried on the rest."""
+    (source,) = (one for one in how["sources"] if one["name"] == "peft")
+    own = [row for row in rows if _matches(row, source)]
+    lines = [
+        "## The length of PEFT's longest batch", "",
+        "Found on every second row (least median error), tried on the others; and the other way round.", "",
+        "| found on | tokens | median error there | on the others | 90th percentile on the others |",
+        "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, first, second in (("even rows", own[::2], own[1::2]), ("odd rows", own[1::2], own[::2])):
+        by_length = {length: _errors(compare(first, how, seq_len=length)[0]) for length in range(650, 769, 5)}
+        best = min(by_length, key=lambda length: by_length[length])
+        middle, ninth = _errors(compare(second, how, seq_len=best)[0])
+        lines.append(f"| {name} | {best} | {by_length[best][0]:.1%} | {middle:.1%} | {ninth:.1%} |")
+    return lines
 
 
-def _line(name: str, rows: list[Compared]) -> str:
-    errors = sorted(abs(row.error) for row in rows)
-    worst = max(rows, key=lambda row: abs(row.error))
-    ninth = errors[min(len(errors) - 1, round(0.9 * (len(errors) - 1)))]
-    above = sum(row.measured > row.high for row in rows)
-    return (
-        f"| {name} | {len(rows)} | {statistics.median(errors):.1%} | {ninth:.1%} | {above} "
-        f"| {worst.id} {worst.error:+.1%} |"
-    )
+def _worst(compared: list[Compared]) -> list[str]:
+    lines = [
+        "## The worst rows", "",
+        "| row | source | method | what | measured GiB | estimated | high | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in sorted(compared, key=lambda one: -abs(one.error))[:15]:
+        figures = f"{row.measured / GIB:.2f} | {row.expected / GIB:.2f} | {row.high / GIB:.2f}"
+        lines.append(f"| {row.id} | {row.group} | {row.method} | {row.what} | {figures} | {row.error:+.1%} |")
+    return lines
+
+
+def _fitting(fits: list[Fits]) -> list[str]:
+    lines = [
+        "## Rows of which only is known whether they fitted", "",
+        "| row | what | it | low | high | room GiB | the estimate is |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in fits:
+        said = "fitted" if row.fitted else "ran out of memory"
+        figures = f"{row.low / GIB:.1f} | {row.high / GIB:.1f} | {row.room / GIB:.1f}"
+        lines.append(f"| {row.id} | {row.what} | {said} | {figures} | {row.verdict} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -12,11 +12,22 @@ from advisor.cli.output import print_json, print_text
 from advisor.errors import UnknownNameError, UsageError
 from advisor.estimate.calibrate import ErrorSummary, summarise
 from advisor.estimate.memory import estimate_memory
+from advisor.estimate.stated import stated_tuner
 from advisor.estimate.time import estimate_time
+from advisor.estimate.tunable import ALIASES, TUNERS, tuner_name
 from advisor.intake import hardware_of, model_spec, own_cache_dir
 from advisor.knowledge import Knowledge, load
 from advisor.probe.calibration import calibration_file, observations
-from advisor.types import Band, Hardware, MemoryEstimate, MemorySettings, ModelSpec, Part, TimeEstimate
+from advisor.types import (
+    Band,
+    Hardware,
+    MemoryEstimate,
+    MemorySettings,
+    ModelSpec,
+    Part,
+    TimeEstimate,
+    TunerMemory,
+)
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -113,6 +124,7 @@ def estimate(
         tuner=method.replace("-", "_"),
         precision=precision,
         weight_bits=4 if method == "qlora" else 32 if precision == "fp32" else 16,
+        stated=_stated(method, knowledge),
         **step,
     )
     _require_known(settings, knowledge)
@@ -157,6 +169,22 @@ def _calibration(*, as_json: bool) -> None:
 
     kept = f"Kept in {place}: delete it to forget, copy it to share. Nothing is sent." if place else ""
     print_text(draw(errors), kept or "Nothing is kept: FTADVISOR_CALIBRATION is empty.")
+
+
+def _stated(method: str, knowledge: Knowledge) -> TunerMemory | None:
+    """What kb/ states of a tuner that the closed form does not count by itself.
+
+    Raises:
+        UnknownNameError: it states nothing.
+    """
+    if tuner_name(method) in TUNERS:
+        return None
+    own = knowledge.tuners.get(method)
+    found = own.memory if own else stated_tuner(method, knowledge.rules["tuners"])
+    if found is None:
+        names = {*TUNERS, *ALIASES, *knowledge.rules["tuners"]}
+        raise UnknownNameError("method", method, names, "ftadvisor explain tuners")
+    return found
 
 
 def _require_known(settings: MemorySettings, knowledge: Knowledge) -> None:

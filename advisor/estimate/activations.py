@@ -10,6 +10,7 @@ widths, a bytes of an activation entry, s bytes of an entry of the residual stre
 
 from __future__ import annotations
 
+from advisor.estimate import stated
 from advisor.estimate.layers import FOUR_NORMS, GEMMA, QK_NORM_WHOLE, Layout, Linear, targeted
 from advisor.estimate.tunable import LOW_RANK, ia3_targets, outputs, tuner_name, tunes_norm
 from advisor.types import MemorySettings, ModelSpec
@@ -76,7 +77,9 @@ def saved_per_token(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> 
 
 
 def saved_casts(plan: Layout, settings: MemorySettings, trainable: int) -> int:
-    """Bytes of 16-bit copies of 32-bit weights that one block keeps under autocast."""
+    """Bytes of weights that one block makes and keeps: 16-bit copies under autocast, or what is stated."""
+    if settings.stated is not None:
+        return stated.kept_bytes(settings.stated, targeted(plan.linears, settings.target), settings.lora_r)
     if not mixed(settings):
         return 0
     copies = 2 * plan.block_weights if settings.weight_bits == 32 else 0
@@ -121,7 +124,10 @@ def _attention(spec: ModelSpec, settings: MemorySettings) -> int:
     if masked(settings) and shape.kv_heads < shape.heads:
         repeated = query if shape.kv_heads > 1 else key
         positions = tokens(settings) // rows(settings)
-        return round(a * (2 * query + 2 * repeated * longer)) + 4 * shape.heads + a * positions
+        cached = (
+            2 * key * longer if prefix else 0
+        )  # the cache that hands over the prefix, beside the repeated
+        return round(a * (2 * query + 2 * repeated * longer + cached)) + 4 * shape.heads + a * positions
     bias = a * (tokens(settings) // rows(settings)) if masked(settings) else 0
     return round(a * (2 * query + 2 * key * longer)) + 4 * shape.heads + fused + bias
 
@@ -144,8 +150,8 @@ def _inputs(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
         readers = sum(_reads_hidden(one) for one in plan.linears) if copied else 2
         return a * (readers * hidden + ffn)
     chosen = targeted(plan.linears, settings.target)
-    if tuner == "vera":
-        return adapter_bytes(settings) * sum(settings.lora_r + one.outputs for one in chosen)
+    if settings.stated is not None:
+        return stated.token_bytes(settings.stated, chosen, settings.lora_r)
     if tuner in LOW_RANK:
         kept = _adapter_inputs(spec, chosen, settings)
         if tuner == "dora":

@@ -62,11 +62,12 @@ def _estimate(
     """Add what the device takes, and the band."""
     allocated = _sum(parts)
     allocator, context, kernels = _device(case, allocated)
+    buffers = states.communication_buffers(case.settings, case.rules)
     low, high = _width(case)
-    total = allocated + allocator.bytes + context.bytes + kernels.bytes
+    total = allocated + allocator.bytes + context.bytes + kernels.bytes + buffers.bytes
     return MemoryEstimate(
         phase=phase,
-        parts=tuple(part for part in (*parts, allocator, context, kernels) if part.bytes),
+        parts=tuple(part for part in (*parts, allocator, context, kernels, buffers) if part.bytes),
         allocated_bytes=_band(allocated, low, high, 0),
         reserved_bytes=_band(allocated + allocator.bytes, low, high, 0),
         peak_bytes=_band(total, low, high, 0 if case.settings.device == "cpu" else context.bytes),
@@ -144,6 +145,8 @@ def _kept(case: _Case) -> Part:
         return case.part("activations", blocks * (tokens * each + casts), formula)
     each = act.stream_bytes(settings) * case.spec.shape.hidden
     inputs = -(-blocks // settings.checkpoint_every)
+    if settings.offload_activations:  # one on its way out or in, and the one that is worked on
+        inputs = min(inputs, 2)
     formula = f"{inputs} block inputs x {tokens:,} tokens x {each:,} B"
     return case.part("activations", inputs * tokens * each, formula)
 
@@ -185,11 +188,19 @@ def _block(case: _Case) -> list[Part]:
         formula = f"the largest matrix: {largest:,} x 2 B, less {later:,} B that come after it"
         parts.append(case.part("dequantised", max(0, 2 * largest - later), formula))
     if act.trains_everything(settings):
-        size = states.stored_bytes(settings)
-        parts.append(
-            case.part("weight_gradient", size * largest, f"of the largest matrix: {largest:,} x {size} B")
-        )
+        parts.append(_passing_gradient(case, largest))
     return parts
+
+
+def _passing_gradient(case: _Case, largest: int) -> Part:
+    """The newest gradient; a sharded block's are complete, and copied, before devices sum and share them."""
+    settings, size = case.settings, states.stored_bytes(case.settings)
+    if states.shards(settings) > 1:
+        entries = 2 * case.plan.block_weights
+        return case.part(
+            "weight_gradient", size * entries, f"of one block, and a copy: {entries:,} x {size} B"
+        )
+    return case.part("weight_gradient", size * largest, f"of the largest matrix: {largest:,} x {size} B")
 
 
 def _vocabulary(case: _Case) -> int:
@@ -318,13 +329,9 @@ def _class(settings: MemorySettings) -> str:
 def _width(case: _Case) -> tuple[float, float]:
     """Factors of the band: measured error of the class, wider for each unknown."""
     bands, settings = case.rules["error"], case.settings
-    names = [
-        "full"
-        if act.trains_everything(settings)
-        else "quantised"
-        if settings.weight_bits < 16
-        else "adapters"
-    ]
+    names = [_class(settings)]
+    if settings.stated is not None:
+        names.append("stated_tuner")
     if not case.plan.exact:
         names.append("unknown_layout")
     if settings.gpus > 1:
@@ -340,6 +347,10 @@ def _width(case: _Case) -> tuple[float, float]:
 def _notes(case: _Case) -> tuple[str, ...]:
     settings, tuner = case.settings, tuner_name(case.settings.tuner)
     notes = [case.plan.note] if case.plan.note else []
+    if settings.stated is not None and act.mixed(settings):
+        notes.append(
+            f"what {tuner} keeps was read off a loop without autocast; under it the casts are not known"
+        )
     if tuner in VIRTUAL and not settings.virtual_tokens:
         notes.append("the number of virtual tokens was not given and counts as none")
     if tuner == "adapter" and not settings.bottleneck:

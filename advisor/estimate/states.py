@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from advisor.estimate import stated
 from advisor.estimate.activations import adapter_bytes, trains_everything
-from advisor.estimate.layers import Layout
+from advisor.estimate.layers import Layout, targeted
 from advisor.types import MemorySettings, Part
 
 Rules = Mapping[str, Any]
@@ -70,9 +71,23 @@ def steady(plan: Layout, settings: MemorySettings, rules: Rules, trainable: int)
         parts.append(
             _part("adapters", trainable * size // count, f"{trainable:,} x {size} B / {count}", rules)
         )
+    if settings.stated is not None:
+        parts.append(_fixed(plan, settings, rules))
     if full and settings.objective in WITH_REFERENCE and not on_host:
         parts.append(_part("reference", weights // count, "a frozen copy of the weights", rules))
     return [*parts, _optimizer(settings, rules, trainable), *_communication(plan, settings, rules)]
+
+
+def _fixed(plan: Layout, settings: MemorySettings, rules: Rules) -> Part:
+    """Tensors of a tuner that are not trained."""
+    chosen = targeted(plan.linears, settings.target)
+    size = (
+        stated.frozen_bytes(settings.stated, chosen, plan.blocks, settings.lora_r) if settings.stated else 0
+    )
+    return Part(
+        name="fixed", bytes=size, formula="tensors of the tuner that are not trained",
+        source=rules["adapters"]["source"],
+    )  # fmt: skip
 
 
 def _part(name: str, size: int, formula: str, rules: Rules) -> Part:
@@ -96,7 +111,8 @@ def _optimizer(settings: MemorySettings, rules: Rules, trainable: int) -> Part:
 def gradients(settings: MemorySettings, rules: Rules, trainable: int) -> Part:
     """Gradients of all trained weights."""
     size, count = trained_bytes(settings), shards(settings)
-    held = 0 if settings.offload and settings.shard != "none" else trainable * size // count
+    gone = settings.optimizer_in_backward or (settings.offload and settings.shard != "none")
+    held = 0 if gone else trainable * size // count
     return _part("gradients", held, f"{trainable:,} x {size} B / {count}", rules)
 
 
@@ -110,19 +126,29 @@ def step_copies(settings: MemorySettings, rules: Rules, trainable: int) -> Part:
 
 
 def _communication(plan: Layout, settings: MemorySettings, rules: Rules) -> list[Part]:
-    if settings.gpus < 2:
+    """Weights gathered from all devices: blocks on their way, and what lies outside the blocks throughout."""
+    if settings.gpus < 2 or settings.shard == "none":
         return []
     facts = rules["communication"]
-    gathered = 0
-    if settings.shard != "none":
-        largest = max(plan.block_weights, plan.embedding, plan.head)
-        gathered = round(facts["gathered_blocks"] * largest * stored_bytes(settings))
-    formula = f"buffers of {settings.gpus} devices" + (", gathered blocks" if gathered else "")
+    root = plan.embedding + plan.positions + plan.head + plan.final_norm
+    entries = round(facts["gathered_blocks"] * plan.block_weights) + root
     return [
         Part(
-            name="communication",
-            bytes=gathered + facts["buffer_bytes"],
-            formula=formula,
+            name="gathered",
+            bytes=entries * stored_bytes(settings),
+            formula=f"{facts['gathered_blocks']:g} blocks, embedding and output matrix: "
+            f"{entries:,} x {stored_bytes(settings)} B",
             source=facts["source"],
         )
     ]
+
+
+def communication_buffers(settings: MemorySettings, rules: Rules) -> Part:
+    """What the communication library takes beside torch's allocator."""
+    facts = rules["communication"]
+    return Part(
+        name="communication",
+        bytes=facts["buffer_bytes"] if settings.gpus > 1 else 0,
+        formula=f"buffers of {settings.gpus} devices, outside torch's allocator",
+        source=facts["source"],
+    )

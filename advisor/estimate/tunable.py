@@ -7,12 +7,13 @@ Never does: import PEFT; count for a tuner it does not know (it says so).
 from __future__ import annotations
 
 from advisor.errors import UnknownNameError
+from advisor.estimate import stated
 from advisor.estimate.layers import Layout, Linear, layout, targeted
 from advisor.types import MemorySettings, ModelSpec
 
-LOW_RANK = frozenset({"lora", "qlora", "rslora", "pissa", "dora", "adalora", "classifier_head"})
+LOW_RANK = frozenset({"lora", "qlora", "rslora", "pissa", "dora", "classifier_head"})
 VIRTUAL = frozenset({"prompt_tuning", "p_tuning", "prefix_tuning"})
-TUNERS = LOW_RANK | VIRTUAL | {"full", "ia3", "bitfit", "layernorm", "adapter", "vera"}
+TUNERS = LOW_RANK | VIRTUAL | {"full", "ia3", "bitfit", "layernorm", "adapter"}
 ALIASES = {
     "prompt": "prompt_tuning", "prefix": "prefix_tuning", "ptuning": "p_tuning", "ln_tuning": "layernorm",
     "layer_norm": "layernorm", "bottleneck": "adapter", "houlsby": "adapter", "ia_3": "ia3",
@@ -23,16 +24,9 @@ EVERY_NORM = frozenset({"gemma2", "gemma3_text", "gpt2"})
 
 
 def tuner_name(tuner: str) -> str:
-    """Return the tuner's id with underscores, other common names resolved.
-
-    Raises:
-        UnknownNameError: nothing of that name is known here.
-    """
+    """Return the tuner's id with underscores, other common names resolved."""
     plain = tuner.lower().replace("-", "_")
-    plain = ALIASES.get(plain, plain)
-    if plain not in TUNERS:
-        raise UnknownNameError("tuner", tuner, TUNERS, "ftadvisor explain tuners")
-    return plain
+    return ALIASES.get(plain, plain)
 
 
 def trainable_parameters(spec: ModelSpec, settings: MemorySettings) -> int:
@@ -52,6 +46,10 @@ def count(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
     """Like `trainable_parameters`, with the layout at hand."""
     tuner = tuner_name(settings.tuner)
     head = spec.shape.hidden * outputs(settings)
+    if settings.stated is not None:
+        return stated.trained(settings.stated, _targets(plan, settings), plan.blocks, settings.lora_r) + head
+    if tuner not in TUNERS:
+        raise UnknownNameError("tuner", settings.tuner, TUNERS, "ftadvisor explain tuners")
     if tuner == "full":
         return plan.parameters - (plan.head if outputs(settings) else 0) + head
     if tuner in LOW_RANK:
@@ -77,7 +75,7 @@ def _targets(plan: Layout, settings: MemorySettings) -> tuple[Linear, ...]:
 
 def _low_rank(tuner: str, linear: Linear, rank: int) -> int:
     pair = rank * (linear.inputs + linear.outputs)
-    return pair + {"dora": linear.outputs, "adalora": rank}.get(tuner, 0)
+    return pair + (linear.outputs if tuner == "dora" else 0)
 
 
 def _virtual(tuner: str, spec: ModelSpec, settings: MemorySettings) -> int:
@@ -97,8 +95,6 @@ def _small(tuner: str, spec: ModelSpec, plan: Layout, settings: MemorySettings) 
         return plan.blocks * tuned + (0 if spec.model_type in POST_ATTENTION_ONLY else plan.final_norm)
     if tuner == "bitfit":
         return _biases(spec, plan)
-    if tuner == "vera":
-        return plan.blocks * sum(settings.lora_r + one.outputs for one in _targets(plan, settings))
     per_adapter = 2 * settings.bottleneck * spec.shape.hidden + settings.bottleneck + spec.shape.hidden
     return plan.blocks * 2 * per_adapter
 

@@ -228,7 +228,7 @@ def test_fewer_bits_lose_more() -> None:
         assert len(figures) >= 5, attribute
 
 
-BY_NAME = {"closed_models", "gguf", "languages", "memory", "verify", "profile", "time"}
+BY_NAME = {"closed_models", "gguf", "languages", "memory", "verify", "profile", "time", "tuners"}
 """Rule files with tables whose keys are names of things, looked up by value and never spelt in Python."""
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import (
-    AdaLoraConfig,
     IA3Config,
     LNTuningConfig,
     LoraConfig,
@@ -16,7 +15,6 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
-    VeraConfig,
     get_peft_model,
 )
 from torch import nn
@@ -28,7 +26,6 @@ from advisor.types import MemorySettings, ModelSpec
 from tests.unit.estimate_cases import FAMILIES, spec
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and torch warn about meta tensors and tied matrices.
-SEPARATE = tuple(family for family in FAMILIES if family not in ("phi3", "gpt2"))
 WITH_DEFAULTS = tuple(family for family in FAMILIES if family not in ("phi3", "granite", "olmo2", "smollm3"))
 TOKENS = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 7}
 
@@ -135,16 +132,6 @@ def test_virtual_tokens(family: str, make: Callable[[], PeftConfig], settings: d
     """Prompt, prefix and p-tuning of seven virtual tokens."""
     model = spec(family)
     assert trainable_parameters(model, MemorySettings(virtual_tokens=7, **settings)) == trained(model, make())
-
-
-@pytest.mark.parametrize("family", SEPARATE)
-def test_vera_and_adalora(family: str) -> None:
-    """The shared-matrix and the adaptive variant of LoRA."""
-    model, common = spec(family), {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    vera = MemorySettings(tuner="vera", lora_r=4, target="q_v")
-    assert trainable_parameters(model, vera) == trained(model, VeraConfig(r=4, **common))
-    ada = MemorySettings(tuner="adalora", lora_r=4, target="q_v")
-    assert trainable_parameters(model, ada) == trained(model, AdaLoraConfig(init_r=4, total_step=9, **common))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "llama"])
