@@ -17,7 +17,10 @@ What a row promises:
 - resumed: from the checkpoint in the middle on, the same bits.
 - exported: to GGUF and proved by `verify`, or refused with the reason shown.
 
-    python benchmarks/methods.py [--steps 16] [--only sft/lora,dpo/full] [--out FILE]
+A row that is measured goes into FILE of --rows at once, and is taken from there the next time: a run that was
+cut short goes on where it was, and rows of another day keep their date.
+
+    python benchmarks/methods.py [--steps 16] [--only sft/lora,dpo/full] [--rows FILE] [--out FILE]
 """
 
 from __future__ import annotations
@@ -95,6 +98,8 @@ class Row(Record, frozen=True, kw_only=True):
     export: str = ""
     seconds: float = 0.0
     problem: str = ""
+    day: str = ""
+    """When it was measured."""
 
 
 def combinations() -> list[tuple[str, str]]:
@@ -217,8 +222,13 @@ def measure(objective: str, tuner: str, steps: int, place: Path, data: dict[str,
         objective=objective, tuner=tuner, learning_rate=float(str(recipe.settings["learning_rate"])),
         figure=figure, before=found["before"][figure], after=after[figure], still=rest["after"][figure],
         noise=noise, trained=counted, promises=promises, logits=reloaded, export=export,
-        seconds=time.monotonic() - begun,
+        seconds=time.monotonic() - begun, day=today(),
     )  # fmt: skip
+
+
+def today() -> str:
+    """Return the date."""
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
 
 
 def noise_of(figure: str, found: dict[str, dict[str, Any]]) -> float:
@@ -317,6 +327,20 @@ def exported(whole: Path) -> str:
     return "proved" if proofs and all(proof.passed for proof in proofs) else "**not proved**"
 
 
+def rows_of(file: Path | None) -> dict[tuple[str, str], Row]:
+    """Return the rows that were measured before, by pair."""
+    lines = file.read_bytes().splitlines() if file is not None and file.is_file() else []
+    known = [msgspec.json.decode(line, type=Row) for line in lines]
+    return {(row.objective, row.tuner): row for row in known}
+
+
+def keep(row: Row, file: Path | None) -> None:
+    """Put a row that was trained among those that are not measured again."""
+    if file is not None and not row.problem:
+        with file.open("ab") as out:
+            out.write(msgspec.json.encode(row) + b"\n")
+
+
 PROMISES = ("learned", "moved", "counted", "reloaded", "resumed")
 
 
@@ -328,22 +352,22 @@ def table_of(found: list[Row], steps: int) -> str:
     lines = [
         "# Every objective with every tuner, on the starter",
         "",
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {versions}; CPU {cpu}, one thread; {steps} steps "
+        f"{today()}, {versions}; CPU {cpu}, one thread; {steps} steps "
         f"each, settings of the plan, fp32. {len(found)} pairs of the knowledge base, {len(measured)} "
         f"trained in {sum(row.seconds for row in measured) / 60:.0f} minutes. "
         "`python benchmarks/methods.py`; what each column promises stands at its top.",
         "",
         "| objective | tuner | rate | figure | before | after | at rate 0 | noise | trained | "
         + " | ".join(PROMISES)
-        + " | logits differ by | export | s |",
-        "|---" * (12 + len(PROMISES)) + "|",
+        + " | logits differ by | export | s | day |",
+        "|---" * (13 + len(PROMISES)) + "|",
     ]
     for row in measured:
         marks = " | ".join("yes" if row.promises[name] else "**no**" for name in PROMISES)
         lines.append(
             f"| {row.objective} | {row.tuner} | {row.learning_rate:g} | {row.figure} | {row.before:.4f} | "
             f"{row.after:.4f} | {row.still:.4f} | {row.noise:.4f} | {row.trained:,} | {marks} | "
-            f"{row.logits:.1g} | {row.export} | {row.seconds:.0f} |"
+            f"{row.logits:.1g} | {row.export} | {row.seconds:.0f} | {row.day} |"
         )
     rest = [row for row in found if row.problem]
     if rest:
@@ -363,20 +387,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--only", default="")
+    parser.add_argument("--rows", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     only = set(filter(None, given.only.split(",")))
-    name = f"methods-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.md"
-    out = given.out or HERE / "results" / name
+    out = given.out or HERE / "results" / f"methods-{today()}.md"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    known = rows_of(given.rows)
     found: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         data = write_data(Path(scratch))
         for objective, tuner in combinations():
             if only and f"{objective}/{tuner}" not in only:
                 continue
-            found.append(measure(objective, tuner, given.steps, Path(scratch), data))
+            row = known.get((objective, tuner))
+            if row is None:
+                row = measure(objective, tuner, given.steps, Path(scratch), data)
+                keep(row, given.rows)
+            found.append(row)
             for folder in Path(scratch).glob(f"{objective}-{tuner}-*"):
                 shutil.rmtree(folder)
             out.write_text(table_of(found, given.steps), encoding="utf-8")
