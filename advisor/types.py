@@ -360,6 +360,8 @@ class MemorySettings(Record, frozen=True, kw_only=True):
     double_quant: bool = True
     virtual_tokens: int = 0
     bottleneck: int = 0
+    preserved_share: float = 0.5
+    """Share of each matrix's singular directions that orthogonal-subspace tuning leaves as they are."""
     generations: int = 0
     completion_tokens: int = 0
     classes: int = 0
@@ -1064,6 +1066,10 @@ class TunerFacts(Record, frozen=True, kw_only=True):
     quantised_base: bool = False
     mergeable: bool = True
     needs_native_bias: bool = False
+    not_on: tuple[str, ...] = ()
+    """Model types whose layers it cannot take apart."""
+    stored_bits: Literal[0, 32] = 0
+    """How the base must be held; 0: as the machine computes."""
     adds_bias_to: tuple[str, ...] = ()
     """Model types that get biases of zero where they have none, since every part of the way knows them."""
     gradient_checkpointing: bool = True

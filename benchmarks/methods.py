@@ -53,6 +53,7 @@ from advisor.estimate.memory import trainable_parameters  # noqa: E402
 from advisor.export.exporter import export_model  # noqa: E402
 from advisor.knowledge import load  # noqa: E402
 from advisor.plan import make_plan  # noqa: E402
+from advisor.plan.settings import program_of  # noqa: E402
 from advisor.probe.host import cpu_identity  # noqa: E402
 from advisor.probe.model import read_model  # noqa: E402
 from advisor.probe.software import installed_packages  # noqa: E402
@@ -109,7 +110,7 @@ def combinations() -> list[tuple[str, str]]:
 
 def is_offered(objective: str, tuner: str) -> bool:
     """Tell whether a program trains the pair."""
-    program = load().programs.get(load().objectives[objective].program)
+    program = load().programs.get(program_of(objective, load().tuners[tuner], load()))
     return program is not None and tuner in program.tuners
 
 
@@ -301,7 +302,8 @@ def moved(result: Path, at_rest: Path, tuner: str) -> bool:
     """Tell whether exactly the weights that the tuner is to train have other values than at rate 0."""
     first, second = weights_of(result), weights_of(at_rest)
     changed = {name for name in first if not np.array_equal(first[name], second[name])}
-    wanted = {name for name in first if tuner != "bitfit" or name.endswith(".bias")}
+    end = {"bitfit": ".bias", "osf": "_proj.weight"}.get(tuner, "")
+    wanted = {name for name in first if name.endswith(end)}
     return first.keys() == second.keys() and changed == wanted
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from advisor.estimate import stated
 from advisor.estimate.layers import FOUR_NORMS, GEMMA, QK_NORM_WHOLE, Layout, Linear, targeted
-from advisor.estimate.tunable import LOW_RANK, ia3_targets, outputs, tuner_name, tunes_norm
+from advisor.estimate.tunable import LOW_RANK, ia3_targets, outputs, preserved, tuner_name, tunes_norm
 from advisor.types import MemorySettings, ModelSpec
 
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
@@ -77,11 +77,16 @@ def saved_per_token(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> 
 
 
 def saved_casts(plan: Layout, settings: MemorySettings, trainable: int) -> int:
-    """Bytes of weights that one block makes and keeps: 16-bit copies under autocast, or what is stated."""
+    """Bytes of weights that one block makes and keeps: 16-bit copies under autocast, orthogonal subspaces put
+    together anew (old and new directions side by side), or what is stated."""
     if settings.stated is not None:
         return stated.kept_bytes(settings.stated, targeted(plan.linears, settings.target), settings.lora_r)
+    subspaces = tuner_name(settings.tuner) == "osf"
+    joined = compute_bytes(settings) * 2 * trainable // max(plan.blocks, 1) if subspaces else 0
     if not mixed(settings):
-        return 0
+        return joined
+    if subspaces:
+        return joined + (2 * plan.block_weights if settings.weight_bits == 32 else 0)
     copies = 2 * plan.block_weights if settings.weight_bits == 32 else 0
     if not trains_everything(settings) and adapter_bytes(settings) == 4:
         copies += 2 * trainable // max(plan.blocks, 1)
@@ -132,9 +137,14 @@ def _attention(spec: ModelSpec, settings: MemorySettings) -> int:
     return round(a * (2 * query + 2 * key * longer)) + 4 * shape.heads + fused + bias
 
 
+def _inner_bytes(settings: MemorySettings) -> int:
+    """Bytes of one entry inside the MLP: orthogonal subspaces give back the format that they are given."""
+    return stream_bytes(settings) if tuner_name(settings.tuner) == "osf" else compute_bytes(settings)
+
+
 def _mlp(spec: ModelSpec, settings: MemorySettings) -> int:
     """Gate, its activation and the up projection; GPT-2 composes its activation of four."""
-    return compute_bytes(settings) * (4 if spec.model_type == "gpt2" else 3) * spec.shape.intermediate
+    return _inner_bytes(settings) * (4 if spec.model_type == "gpt2" else 3) * spec.shape.intermediate
 
 
 def _reads_hidden(linear: Linear) -> bool:
@@ -152,8 +162,13 @@ def _inputs(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
     chosen = targeted(plan.linears, settings.target)
     if settings.stated is not None:
         return stated.token_bytes(settings.stated, chosen, settings.lora_r)
+    if tuner == "osf":
+        moving = sum(
+            min(one.inputs, one.outputs) - preserved(one, settings.preserved_share) for one in chosen
+        )
+        return _adapter_inputs(spec, chosen, settings, inner=2 * moving)
     if tuner in LOW_RANK:
-        kept = _adapter_inputs(spec, chosen, settings)
+        kept = _adapter_inputs(spec, chosen, settings, inner=settings.lora_r * len(chosen))
         if tuner == "dora":
             kept += (a + adapter_bytes(settings)) * sum(one.outputs for one in chosen)
         return kept
@@ -165,10 +180,14 @@ def _inputs(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
     return 0
 
 
-def _adapter_inputs(spec: ModelSpec, chosen: tuple[Linear, ...], settings: MemorySettings) -> int:
-    """Under autocast 32-bit adapters copy their input each; else those of one width share it."""
+def _adapter_inputs(
+    spec: ModelSpec, chosen: tuple[Linear, ...], settings: MemorySettings, *, inner: int
+) -> int:
+    """What adapters keep for a token, `inner` entries between their two matrices among it.
+
+    Under autocast 32-bit adapters copy their input each; else those of one width share it."""
     a, width = compute_bytes(settings), adapter_bytes(settings)
-    inner = (a if mixed(settings) else width) * settings.lora_r * len(chosen)
+    inner *= a if mixed(settings) else width
     if width > a:
         each = a if mixed(settings) else width
         return inner + each * sum(one.inputs for one in chosen)
@@ -180,7 +199,7 @@ def _adapter_inputs(spec: ModelSpec, chosen: tuple[Linear, ...], settings: Memor
 
 def backward_extra_per_token(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
     """Bytes of gradients for each token at the fullest moment of a block's backward: leaving the MLP."""
-    tuner, a, s = tuner_name(settings.tuner), compute_bytes(settings), stream_bytes(settings)
+    tuner, a, s = tuner_name(settings.tuner), _inner_bytes(settings), stream_bytes(settings)
     hidden, ffn = spec.shape.hidden, spec.shape.intermediate
     if spec.model_type in FOUR_NORMS or spec.model_type in QK_NORM_WHOLE:
         passed = 8 * hidden if tuner in ("full", "layernorm") else 4 * hidden

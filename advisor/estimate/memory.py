@@ -163,6 +163,8 @@ def _weight_copies(case: _Case) -> list[Part]:
         return []
     if act.trains_everything(settings):
         copied = plan.blocks * plan.block_weights if settings.weight_bits == 32 else 0
+    elif tuner_name(settings.tuner) == "osf":
+        copied = 0
     else:
         copied = case.trainable if act.adapter_bytes(settings) == 4 else 0
     return [case.part("weight_copies", 2 * copied, f"{copied:,} x 2 B under autocast")]

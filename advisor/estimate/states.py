@@ -12,6 +12,7 @@ from typing import Any
 from advisor.estimate import stated
 from advisor.estimate.activations import adapter_bytes, trains_everything
 from advisor.estimate.layers import Layout, targeted
+from advisor.estimate.tunable import frozen_subspace, tuner_name
 from advisor.types import MemorySettings, Part
 
 Rules = Mapping[str, Any]
@@ -73,6 +74,8 @@ def steady(plan: Layout, settings: MemorySettings, rules: Rules, trainable: int)
         )
     if settings.stated is not None:
         parts.append(_fixed(plan, settings, rules))
+    if tuner_name(settings.tuner) == "osf":
+        parts.append(_subspaces(plan, settings, rules))
     if full and settings.objective in WITH_REFERENCE and not on_host:
         parts.append(_part("reference", weights // count, "a frozen copy of the weights", rules))
     return [*parts, _optimizer(settings, rules, trainable), *_communication(plan, settings, rules)]
@@ -88,6 +91,15 @@ def _fixed(plan: Layout, settings: MemorySettings, rules: Rules) -> Part:
         name="fixed", bytes=size, formula="tensors of the tuner that are not trained",
         source=rules["adapters"]["source"],
     )  # fmt: skip
+
+
+def _subspaces(plan: Layout, settings: MemorySettings, rules: Rules) -> Part:
+    """The directions of every matrix as they were, which changes are told from and gradients kept away
+    from."""
+    chosen = targeted(plan.linears, settings.target)
+    entries = plan.blocks * sum(frozen_subspace(one, settings.preserved_share) for one in chosen)
+    size = stored_bytes(settings)
+    return _part("subspaces", entries * size, f"{entries:,} x {size} B", rules)
 
 
 def _part(name: str, size: int, formula: str, rules: Rules) -> Part:

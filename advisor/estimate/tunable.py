@@ -13,10 +13,11 @@ from advisor.types import MemorySettings, ModelSpec
 
 LOW_RANK = frozenset({"lora", "qlora", "rslora", "pissa", "dora", "classifier_head"})
 VIRTUAL = frozenset({"prompt_tuning", "p_tuning", "prefix_tuning"})
-TUNERS = LOW_RANK | VIRTUAL | {"full", "ia3", "bitfit", "layernorm", "adapter"}
+TUNERS = LOW_RANK | VIRTUAL | {"full", "osf", "ia3", "bitfit", "layernorm", "adapter"}
 ALIASES = {
     "prompt": "prompt_tuning", "prefix": "prefix_tuning", "ptuning": "p_tuning", "ln_tuning": "layernorm",
     "layer_norm": "layernorm", "bottleneck": "adapter", "houlsby": "adapter", "ia_3": "ia3",
+    "orthogonal_subspace": "osf",
 }  # fmt: skip
 IA3_QUERY_VALUE = frozenset({"qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"})
 POST_ATTENTION_ONLY = frozenset({"qwen2", "qwen3"})
@@ -34,7 +35,7 @@ def trainable_parameters(spec: ModelSpec, settings: MemorySettings) -> int:
 
     Args:
         spec: the model.
-        settings: tuner, target, lora_r, virtual_tokens, bottleneck and classes are read.
+        settings: tuner, target, lora_r, virtual_tokens, bottleneck, preserved_share and classes are read.
 
     Raises:
         UnknownNameError: the tuner is not known.
@@ -95,6 +96,9 @@ def _small(tuner: str, spec: ModelSpec, plan: Layout, settings: MemorySettings) 
         return plan.blocks * tuned + (0 if spec.model_type in POST_ATTENTION_ONLY else plan.final_norm)
     if tuner == "bitfit":
         return _biases(spec, plan)
+    if tuner == "osf":
+        share = settings.preserved_share
+        return plan.blocks * sum(_trained_subspace(one, share) for one in _targets(plan, settings))
     per_adapter = 2 * settings.bottleneck * spec.shape.hidden + settings.bottleneck + spec.shape.hidden
     return plan.blocks * 2 * per_adapter
 
@@ -114,6 +118,24 @@ def tunes_norm(spec: ModelSpec, name: str) -> bool:
     if spec.model_type in POST_ATTENTION_ONLY:
         return name == "post_attention_layernorm"
     return spec.model_type in EVERY_NORM or name in ("input_layernorm", "post_attention_layernorm")
+
+
+def preserved(linear: Linear, share: float) -> int:
+    """Singular directions of a matrix that orthogonal-subspace tuning leaves as they are."""
+    return int(min(linear.inputs, linear.outputs) * share)
+
+
+def _trained_subspace(linear: Linear, share: float) -> int:
+    """The other directions: left and right vectors and a singular value each."""
+    moving = min(linear.inputs, linear.outputs) - preserved(linear, share)
+    return moving * (linear.inputs + linear.outputs + 1)
+
+
+def frozen_subspace(linear: Linear, share: float) -> int:
+    """Entries held beside the trained ones: those directions as they were; the preserved right vectors, whose
+    memory PEFT keeps with the trained ones; the preserved left ones where they are longer."""
+    held = linear.inputs + (linear.outputs if linear.outputs > linear.inputs else 0)
+    return _trained_subspace(linear, share) + held * preserved(linear, share)
 
 
 def _ia3(linear: Linear, settings: MemorySettings) -> int:

@@ -59,8 +59,7 @@ def _sft(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> tupl
     facts = rate_facts("sft", group, knowledge)
     rate, source = facts.value, facts.source
     reasons = [facts.note or f"usual for {proposal.facts.title}"]
-    if group in ("full", "lora"):
-        rules = rule(knowledge, "settings", f"learning_rate_{group}")
+    if rules := knowledge.rules["settings"].get(f"learning_rate_{group}"):
         rate, source = _by_size(size, rules), rules["source"]
         reasons = [f"usual for {proposal.facts.title} on {format_count(size)} parameters"]
     change = rule(knowledge, "settings", "learning_rate_change")

@@ -122,7 +122,7 @@ def merge_before_gguf(case: Case, knowledge: Knowledge) -> Values:
     """An adapter becomes part of a GGUF file."""
     state = case.situation.scenario.goal.model_state
     wants = case.situation.goal.wants_gguf
-    adapter = case.option is not None and case.option.proposal.facts.group != "full"
+    adapter = case.option is not None and case.option.proposal.facts.group not in ("full", "osf")
     if not (adapter or state in ("has_adapter", "merged")) or (
         case.export is None or not case.export.feasible
     ):

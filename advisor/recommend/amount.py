@@ -42,7 +42,7 @@ def epochs_for(
     index = next(i for i, least in enumerate(rules["from_rows"]) if rows >= least)
     epochs = int(rules["epochs"][index])
     why = f"{rows:,} rows: {epochs} pass{'es' if epochs > 1 else ''}, the fewer the more rows there are"
-    if proposal.facts.group not in ("full", "lora", "classifier_head"):
+    if proposal.facts.group not in ("full", "osf", "lora", "classifier_head"):
         batch = rule(knowledge, "settings", "batch")["small_data"]
         steps = math.ceil(rules["few_parameters_steps"] * batch / max(rows, 1))
         slow = max(epochs, min(int(rules["few_parameters_most"]), steps))

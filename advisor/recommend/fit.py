@@ -7,7 +7,7 @@ Never does: weigh methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -329,7 +329,8 @@ def _variants(proposal: Proposal, situation: Situation) -> list[tuple[Literal[4,
             if situation.machine.bitsandbytes:
                 plain.append((16, "adamw_8bit"))
         return plain
-    return [(32 if situation.machine.precision == "fp32" else 16, "adamw_torch")]
+    wide = proposal.facts.stored_bits == 32 or situation.machine.precision == "fp32"
+    return [(32 if wide else 16, "adamw_torch")]
 
 
 def packs(objective: Objective, situation: Situation, knowledge: Knowledge) -> bool:
@@ -392,11 +393,16 @@ def memory_settings(
         gradient_checkpointing=attempt.checkpointing, optimizer=attempt.optimizer,
         lora_r=attempt.rank, target="all-linear", attention="eager" if plain else "sdpa", loss=attempt.loss,
         virtual_tokens=_int(facts.get("virtual_tokens")), bottleneck=_int(facts.get("bottleneck")),
+        preserved_share=_share(facts),
         generations=_int(generations),
         classes=max([d.classes or 0 for d in situation.demos], default=0),
         gpus=layout.gpus, shard=layout.shard, offload=layout.offload, device=situation.machine.device,
         packed=proposal.facts.packing and packs(objective, situation, knowledge),
     )  # fmt: skip
+
+
+def _share(facts: Mapping[str, Any]) -> float:
+    return float(facts.get("preserved_share", MemorySettings().preserved_share))
 
 
 def _int(value: Any) -> int:

@@ -52,8 +52,8 @@ def objection_to_model(spec: ModelSpec, situation: Situation, knowledge: Knowled
 def objection_to_tuner(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
     """The first rule that a tuner breaks on this model."""
     for gate in (
-        _platform, _bias, _head, _chain_fits, _export, _separate, _scale, _latency, _storage, _few_rows,
-        _forgets,
+        _platform, _bias, _layers, _nothing_to_keep, _head, _chain_fits, _export, _separate, _scale, _latency,
+        _storage, _few_rows, _forgets,
     ):  # fmt: skip
         if objection := gate(proposal, situation, knowledge):
             return objection
@@ -136,6 +136,18 @@ def _bias(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Obj
     return object_to(knowledge, "no_bias_terms", hard=hard, model=proposal.spec.id)
 
 
+def _layers(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
+    if proposal.spec.model_type not in proposal.facts.not_on:
+        return None
+    title, model = proposal.facts.title, proposal.spec.id
+    return object_to(knowledge, "layers_unknown", hard=True, title=title, model=model)
+
+
+def _nothing_to_keep(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
+    keeps = situation.wish("must_not_forget") or situation.earlier
+    return None if proposal.tuner != "osf" or keeps else object_to(knowledge, "nothing_to_keep")
+
+
 def _head(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
     kinds = {d.kind for d in situation.demos}
     fits = kinds == {"classification"} and proposal.chain == ("sft",)
@@ -147,7 +159,8 @@ def _head(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Obj
 def _chain_fits(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
     if proposal.facts.group in ("full", "lora", "classifier_head"):
         return None
-    other = [o for o in proposal.chain if o != "sft"]
+    known = ("sft", "cpt") if proposal.tuner == "osf" else ("sft",)
+    other = [o for o in proposal.chain if o not in known]
     return object_to(knowledge, "untested_chain", objectives=", ".join(other)) if other else None
 
 

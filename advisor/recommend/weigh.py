@@ -47,7 +47,8 @@ def weigh_tuner(proposal: Proposal, situation: Situation, knowledge: Knowledge) 
     if situation.wish("must_not_forget") or situation.earlier:
         scale.add(-(rules["must_not_forget_weight"] - rules["forgetting_weight"]) * facts.forgetting)
         forgets = proposal.tuner == "full"
-        scale.add(-rules["must_not_forget_full"] if forgets else 0.0, "forgets" if forgets else "keeps")
+        key = "forgets" if forgets else "keeps_subspace" if proposal.tuner == "osf" else "keeps"
+        scale.add(-rules["must_not_forget_full"] if forgets else 0.0, key)
     if situation.wish("adapter") and facts.group == "lora":
         scale.add(rules["adapter_wish"], "adapter")
     if proposal.tuner == "classifier_head":

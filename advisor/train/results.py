@@ -19,13 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from advisor.train import bottleneck
 from advisor.train.model import DTYPES, model_place
 from advisor.train.parallel import gathered, is_first
-from advisor.train.settings import Settings
+from advisor.train.settings import SUBSPACE, Settings
 from advisor.train.tuners import INITIAL
 from advisor.types import Recipe, Record
 
 PARTIAL = Path(".partial")
-WHOLE = ("full", "bitfit")
-"""Tuners whose result is a whole model: all weights moved, or biases that belong to it."""
+WHOLE = ("full", "bitfit", SUBSPACE)
+"""Tuners whose result is a whole model: all weights moved, biases that belong to it, or a change as large as
+the model."""
 
 
 class Saved(Record, frozen=True, kw_only=True):
@@ -62,6 +63,8 @@ def save_result(
     whole = recipe.tuner in WHOLE
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.config.use_cache = True
+    if recipe.tuner == SUBSPACE:
+        model = model.merge_and_unload()
     state = gathered(trainer)
     if whole and state is None:
         model.to(DTYPES[settings.precision])

@@ -14,7 +14,8 @@ from advisor.types import Recipe, Record
 
 LOW_RANK = ("lora", "qlora")
 VIRTUAL = ("prompt_tuning", "p_tuning", "prefix_tuning")
-PEFT_TUNERS = (*LOW_RANK, "ia3", "ln_tuning", *VIRTUAL)
+SUBSPACE = "osf"
+PEFT_TUNERS = (*LOW_RANK, SUBSPACE, "ia3", "ln_tuning", *VIRTUAL)
 HEAD = "classifier_head"
 TUNERS = ("full", *PEFT_TUNERS, "bitfit", "adapter", HEAD)
 AGAINST_REFERENCE = ("dpo", "kto", "rloo", "grpo")
@@ -54,6 +55,7 @@ class Settings(Record, frozen=True, kw_only=True):
     lora_init: Literal["default", "pissa"] = "default"
     target: str = "all-linear"
     same_rank_for_all: bool = False
+    preserved_share: float = 0.5
     cpu_offload: bool = False
 
 
@@ -280,6 +282,11 @@ def _formats(tuner: str, settings: Settings, *, cuda: bool) -> tuple[Conflict, .
             settings.precision == "fp32" and settings.weight_bits == 16 and tuner not in ("full", *LOW_RANK),
             f"The tuner {tuner} trains 32-bit weights among 16-bit ones, which needs mixed precision.",
             "Set precision: bf16, or weight_bits: 32.",
+        ),
+        (
+            tuner == SUBSPACE and settings.weight_bits != 32,
+            "osf tells its change from the weights as they were, which 16 bits would round.",
+            "Set weight_bits: 32.",
         ),
         (
             settings.attention == "flash" and not cuda,

@@ -31,7 +31,8 @@ from advisor.train.trace_standins import Autocast, prepare
 from advisor.types import MemorySettings, ModelSpec, Record
 
 TUNERS = (
-    "full", "lora", "qlora", "dora", "ia3", "ln_tuning", "prompt_tuning", "p_tuning", "prefix_tuning",
+    "full", "lora", "qlora", "dora", "osf", "ia3", "ln_tuning", "prompt_tuning", "p_tuning",
+    "prefix_tuning",
 )  # fmt: skip
 OBJECTIVES = ("sft", "cpt", "dpo", "kto", "orpo", "simpo", "reward")
 

@@ -15,6 +15,7 @@ from peft import (
     IA3Config,
     LNTuningConfig,
     LoraConfig,
+    OSFConfig,
     PeftConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -116,6 +117,8 @@ def adapters_of(settings: MemorySettings) -> PeftConfig | None:
         return IA3Config(task_type=task) if settings.tuner == "ia3" else LNTuningConfig(task_type=task)
     named = GROUPS.get(settings.target) or tuple(name.strip() for name in settings.target.split(","))
     modules = settings.target if settings.target == "all-linear" else list(named)
+    if settings.tuner == "osf":
+        return OSFConfig(effective_rank=settings.preserved_share, target_modules=modules, task_type=task)
     dora = settings.tuner == "dora"
     return LoraConfig(r=settings.lora_r, target_modules=modules, task_type=task, use_dora=dora)
 

@@ -13,6 +13,7 @@ from peft import (
     IA3Config,
     LNTuningConfig,
     LoraConfig,
+    OSFConfig,
     PeftConfig,
     PeftModel,
     PeftType,
@@ -28,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from advisor.errors import ModelError, RefusedError, UnknownNameError
 from advisor.train import bottleneck
 from advisor.train.parallel import is_first
-from advisor.train.settings import HEAD, LOW_RANK, TUNERS, Settings, SftSettings
+from advisor.train.settings import HEAD, LOW_RANK, SUBSPACE, TUNERS, Settings, SftSettings
 from advisor.types import Record
 
 GROUPS = {
@@ -79,6 +80,8 @@ def prepare_model(
     if tuner == "bitfit":
         _free_biases(model)
         return model
+    if tuner == SUBSPACE:
+        return _in_subspaces(model, settings)
     if start is not None and tuner == "adapter":
         bottleneck.load(model, start)
         return model
@@ -189,6 +192,26 @@ def _prefill(model: nn.Module, settings: SftSettings, tokenizer: PreTrainedToken
     base.config.use_cache = True
     initialize_kv_prefix_from_text(model, tokenizer, text=text, use_chat_template=False)
     base.config.use_cache = False
+
+
+def _in_subspaces(model: nn.Module, settings: Settings) -> nn.Module:
+    """Take every linear layer apart into directions that stay and directions that learn.
+
+    Raises:
+        RefusedError: a layer is of a kind that cannot be taken apart.
+    """
+    if any(_conv1d(module) for module in model.modules()):
+        raise RefusedError(
+            f"PEFT does not take apart the layers of {type(model).__name__}, so nothing would be trained.",
+            "Choose full or lora: ftadvisor plan --method lora",
+        )
+    config = OSFConfig(
+        task_type="CAUSAL_LM",
+        effective_rank=settings.preserved_share,
+        target_modules=target_modules(model, settings.target),
+    )
+    wrapped: nn.Module = get_peft_model(model, config)
+    return wrapped
 
 
 def _free_biases(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ KNOWN = read(kb_dir())
 WITHOUT_THINGS: Knowledge = msgspec.structs.replace(KNOWN, accelerators={}, models={})
 TERMS = [
     "fine-tuning", "sft", "instruction tuning", "lora", "qlora", "full", "dpo", "kto", "orpo", "simpo",
-    "reward", "reward model", "rlhf", "rloo", "grpo", "cpt", "ia3", "bitfit", "prompt tuning",
+    "reward", "reward model", "rlhf", "rloo", "grpo", "cpt", "osf", "ia3", "bitfit", "prompt tuning",
     "p-tuning", "prefix tuning", "adapter", "layer-norm tuning", "classifier head", "multi-task",
     "continual learning", "forgetting", "replay", "rag", "quantisation", "gguf", "Q4_K_M",
     "kl-divergence", "perplexity", "learning_rate", "lora_r", "lora_alpha", "target", "epochs",
@@ -29,7 +29,7 @@ TERMS = [
     "replay_fraction", "mixing_cap", "mixing_temperature", "num_generations", "kl_beta",
     "max_completion_length", "undesirable_over_desirable_weight", "per_step_batch", "chat template",
     "eos token", "pad token", "memory", "vram", "bf16", "fp16", "scenario", "tool calling", "reasoning",
-    "classification",
+    "classification", "preserved_share",
 ]  # fmt: skip
 LISTS = [
     "topics", "methods", "objectives", "tuners", "models", "hardware", "quantisations", "warnings",

@@ -28,7 +28,7 @@ from training import events_of, make_run, rows, run_here, write_rows
 
 torch = pytest.importorskip("torch")
 from peft import PeftModel  # noqa: E402 - after the check that it is installed
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 from advisor.train import bottleneck  # noqa: E402
 from advisor.train.settings import SftSettings, read_settings  # noqa: E402
@@ -39,6 +39,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
 ]
 SMALL: dict[str, dict[str, Any]] = {
+    "osf": {"learning_rate": 1e-2, "preserved_share": 0.4},
     "ia3": {"target": "keys-values-feedforward", "learning_rate": 3e-2},
     "ln_tuning": {"learning_rate": 1e-2},
     "bitfit": {"learning_rate": 1e-2},
@@ -184,6 +185,23 @@ def test_it_resumes_exactly(done: Any, name: str, tmp_path: Path) -> None:
         assert all(np.array_equal(first[key], second[key]) for key in first)
 
 
+def test_orthogonal_subspaces_leave_a_whole_model(done: Any, tiny_model: Path) -> None:
+    """The change is added to every linear layer; embeddings, output matrix and norms are bit-equal."""
+    before = load_file(tiny_model / "model.safetensors")
+    after = load_file(done("osf").folder / "model" / "model.safetensors")
+    assert after.keys() == before.keys()
+    moved = {name for name in after if not np.array_equal(before[name], after[name])}
+    assert moved == {name for name in after if name.endswith("_proj.weight")}
+
+
+def test_layers_that_cannot_be_taken_apart_are_refused(done: Any) -> None:
+    """PEFT would pass over the layers of GPT-2 without a word."""
+    recipe = read_record(done("osf").folder / "recipe.yaml", Recipe)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
+    with pytest.raises(RefusedError, match="take apart"):
+        prepare_model(model, "osf", read_settings(recipe, SftSettings, cuda=False), tokenizer=None)
+
+
 def test_adapters_are_swapped_on_one_base(done: Any, tiny_model: Path) -> None:
     """Two bottleneck adapters on one base: each answers as it does alone, and none as the base does."""
     first, second = done("adapter").folder, done("adapter", bottleneck_style="pfeiffer").folder
@@ -235,6 +253,7 @@ def test_a_copied_model_uses_its_own_adapters(tiny_model: Path) -> None:
         ("qlora", {"lora_init": "pissa"}, "lora_init"),
         ("ia3", {"weight_bits": 4}, "weight_bits"),
         ("ia3", {"weight_bits": 16, "precision": "fp32"}, "32-bit weights among 16-bit"),
+        ("osf", {"weight_bits": 16, "precision": "bf16"}, "16 bits would round"),
         ("lora", {"cpu_offload": True}, "sharded"),
     ],
 )

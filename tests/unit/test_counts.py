@@ -11,6 +11,7 @@ from peft import (
     IA3Config,
     LNTuningConfig,
     LoraConfig,
+    OSFConfig,
     PeftConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -132,6 +133,15 @@ def test_virtual_tokens(family: str, make: Callable[[], PeftConfig], settings: d
     """Prompt, prefix and p-tuning of seven virtual tokens."""
     model = spec(family)
     assert trainable_parameters(model, MemorySettings(virtual_tokens=7, **settings)) == trained(model, make())
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_orthogonal_subspaces(family: str, share: float) -> None:
+    """The directions that learn, of every linear layer; the preserved ones are rounded down as PEFT does."""
+    model, config = spec(family), OSFConfig(effective_rank=share, target_modules="all-linear")
+    settings = MemorySettings(tuner="osf", preserved_share=share)
+    assert trainable_parameters(model, settings) == trained(model, config)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "llama"])

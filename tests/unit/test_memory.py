@@ -47,6 +47,7 @@ SETTINGS = st.builds(
     tuner=st.sampled_from(
         [
             "full",
+            "osf",
             "lora",
             "qlora",
             "dora",

@@ -298,6 +298,24 @@ def test_a_rejected_method_says_its_bytes() -> None:
     assert "GiB" in rejected(made, "lora")
 
 
+def test_orthogonal_subspaces_are_for_what_must_be_kept() -> None:
+    """Offered where something old must stay, on weights of 32 bits; elsewhere turned down, and full tuning
+    that would forget names it."""
+    old = rows(role="earlier_task")
+    made = plan(rows(), old, model="Qwen/Qwen3-0.6B", requested_method="osf")
+    assert (made.verdict, made.method) == ("train", "osf")
+    assert made.stages[0].settings["weight_bits"] == 32
+    assert made.stages[0].settings["preserved_share"] == 0.5
+    alone = plan(rows(), model="Qwen/Qwen3-0.6B", requested_method="osf")
+    assert alone.method != "osf"
+    assert "must be kept" in next(c for c in alone.candidates if c.method == "osf").reasons[0]
+    full = plan(rows(), old, model="Qwen/Qwen3-1.7B", requested_method="full")
+    assert "osf" in next(c for c in full.candidates if c.method == "full").reasons[0]
+    assert "another kind" in str(
+        plan(rows(), old, model="openai-community/gpt2", requested_method="osf").candidates
+    )
+
+
 def test_bitfit_needs_biases() -> None:
     """Llama has none; Qwen2.5 has some."""
     llama = plan(rows(), model="meta-llama/Llama-3.2-3B-Instruct", requested_method="bitfit")

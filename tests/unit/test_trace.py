@@ -34,6 +34,7 @@ CASES: tuple[tuple[ModelSpec, dict[str, Any]], ...] = (
     (LLAMA, {"objective": "orpo", "loss": "full_logits", "micro_batch": 2, "seq_len": 1024}),
     (LLAMA, {"objective": "kto", "micro_batch": 4, "seq_len": 1024}),
     (LLAMA, {"tuner": "ia3", "micro_batch": 4, "gradient_checkpointing": False}),
+    (LLAMA, {"tuner": "osf", "weight_bits": 32, "micro_batch": 2, "seq_len": 1024}),
     (LLAMA, {"tuner": "prefix_tuning", "virtual_tokens": 20, "gradient_checkpointing": False}),
     (spec("olmo2", heads=16, kv_heads=16, tied=False, **WIDE), {"tuner": "full", "micro_batch": 2}),
 )
