@@ -45,7 +45,7 @@ def build(spec: ModelSpec, settings: MemorySettings, device: str) -> nn.Module:
         add_fused_lm_head(model, outputs=OUTPUTS["sft"])
     if settings.weight_bits == 4:
         _quantise(model, device)
-    adapters = adapters_of(settings)
+    adapters = adapters_of(spec.model_type, settings)
     if adapters is not None:
         model = get_peft_model(model, adapters)
         model.to(device)

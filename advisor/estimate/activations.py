@@ -10,8 +10,8 @@ widths, a bytes of an activation entry, s bytes of an entry of the residual stre
 
 from __future__ import annotations
 
-from advisor.estimate import stated
-from advisor.estimate.layers import FOUR_NORMS, GEMMA, QK_NORM_WHOLE, Layout, Linear, targeted
+from advisor.estimate import adapted, stated
+from advisor.estimate.layers import ATTENTION, FOUR_NORMS, GEMMA, QK_NORM_WHOLE, Layout, Linear, targeted
 from advisor.estimate.tunable import LOW_RANK, ia3_targets, outputs, preserved, tuner_name, tunes_norm
 from advisor.types import MemorySettings, ModelSpec
 
@@ -19,6 +19,8 @@ TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 PAIRED = frozenset({"dpo", "orpo", "simpo", "reward"})
 ALWAYS_CHUNKED = frozenset({"dpo", "kto", "rloo", "grpo"})
 """Objectives whose trainer computes the loss tile by tile, whatever the setting says."""
+PAIR_LOSS = frozenset({"orpo", "simpo"})
+"""Objectives whose loss is our own: it drops the logits as soon as it has their log-probabilities."""
 SOFT_CAPPED = frozenset({"gemma2"})
 INTO_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"})
 INTO_MLP = frozenset({"gate_proj", "up_proj", "gate_up_proj", "c_fc"})
@@ -100,19 +102,19 @@ def _norm_width(spec: ModelSpec, name: str) -> int:
 
 
 def _norms(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
-    """The 32-bit input of each norm and its scale factor; with a trained scale, the normalised output too."""
-    tuner, total = tuner_name(settings.tuner), 0
-    wide = spec.model_type in GEMMA or spec.model_type in QK_NORM_WHOLE
-    for name, _ in plan.norm_entries:
-        width = _norm_width(spec, name)
-        own_type = compute_bytes(settings) if name in ("q_norm", "k_norm") else stream_bytes(settings)
-        if spec.model_type == "gpt2":
-            total += (4 if mixed(settings) else own_type) * width + 8
-            continue
-        total += 4 * width + 4 * max(1, width // spec.shape.head_dim if name in ("q_norm", "k_norm") else 1)
-        if tuner == "full" or (tuner == "layernorm" and tunes_norm(spec, name)):
-            total += (4 if wide else own_type) * width
-    return total
+    return sum(_norm(spec, settings, name) for name, _ in plan.norm_entries)
+
+
+def _norm(spec: ModelSpec, settings: MemorySettings, name: str) -> int:
+    """The 32-bit input of a norm and its scale factor; with a trained scale, the normalised output too."""
+    width, tuner = _norm_width(spec, name), tuner_name(settings.tuner)
+    own_type = compute_bytes(settings) if name in ("q_norm", "k_norm") else stream_bytes(settings)
+    if spec.model_type == "gpt2":
+        return (4 if mixed(settings) else own_type) * width + 8
+    kept = 4 * width + 4 * max(1, width // spec.shape.head_dim if name in ("q_norm", "k_norm") else 1)
+    if tuner == "full" or (tuner == "layernorm" and tunes_norm(spec, name)):
+        kept += (4 if spec.model_type in GEMMA | QK_NORM_WHOLE else own_type) * width
+    return kept
 
 
 def _attention(spec: ModelSpec, settings: MemorySettings) -> int:
@@ -169,8 +171,8 @@ def _inputs(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
         return _adapter_inputs(spec, chosen, settings, inner=2 * moving)
     if tuner in LOW_RANK:
         kept = _adapter_inputs(spec, chosen, settings, inner=settings.lora_r * len(chosen))
-        if tuner == "dora":
-            kept += (a + adapter_bytes(settings)) * sum(one.outputs for one in chosen)
+        if tuner == "dora":  # the magnitude's gradient reads both results
+            kept += (a + widths(settings).product) * sum(one.outputs for one in chosen)
         return kept
     if tuner == "ia3":
         scaled = ia3_targets(spec, plan, settings)
@@ -178,6 +180,58 @@ def _inputs(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
     if tuner == "adapter":
         return 2 * a * (hidden + 2 * settings.bottleneck)
     return 0
+
+
+def missing_per_token(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
+    """Bytes a token that the first block does not keep: no gradient passes its first trained weight.
+
+    Zero where the input itself has one: under checkpointing, with a trained embedding or virtual tokens."""
+    tuner = tuner_name(settings.tuner)
+    if settings.gradient_checkpointing or tuner in ("full", "prompt_tuning", "p_tuning", "bitfit"):
+        return 0
+    before = {"input_layernorm", "ln_1"}
+    if tuner == "prefix_tuning":
+        return sum(_norm(spec, settings, name) for name, _ in plan.norm_entries if name in before)
+    if tuner == "layernorm" and tunes_norm(spec, "input_layernorm"):
+        return 4 * spec.shape.hidden
+    chosen = ia3_targets(spec, plan, settings) if tuner == "ia3" else targeted(plan.linears, settings.target)
+    names = {one.name for one in chosen}
+    if tuner not in ("layernorm", "adapter") and names & INTO_ATTENTION:
+        return sum(_norm(spec, settings, name) for name, _ in plan.norm_entries if name in before)
+    skipped = _attention(spec, settings)
+    after = {"post_feedforward_layernorm"} | ({"post_attention_layernorm"} if tuner == "layernorm" else set())
+    return skipped + sum(_norm(spec, settings, name) for name, _ in plan.norm_entries if name not in after)
+
+
+def widths(settings: MemorySettings) -> adapted.Widths:
+    """Bytes of the entries that an adapted layer works on."""
+    a, adapter = compute_bytes(settings), adapter_bytes(settings)
+    return adapted.Widths(
+        activation=a, adapter=adapter, product=a if mixed(settings) else max(a, adapter),
+        weight=4 if settings.weight_bits == 32 else 2,
+    )  # fmt: skip
+
+
+def kept_after(spec: ModelSpec, plan: Layout, settings: MemorySettings, linear: Linear) -> int:
+    """Bytes a token that a block keeps from the result of `linear` on, while that layer still runs."""
+    a, dora = compute_bytes(settings), tuner_name(settings.tuner) == "dora"
+    order = [one.name for one in plan.linears]
+    later = [
+        one for one in targeted(plan.linears, settings.target)
+        if order.index(one.name) > order.index(linear.name)
+    ]  # fmt: skip
+    kept = sum(adapted.kept(one, settings, widths(settings), dora=dora) for one in later)
+    if adapter_bytes(settings) <= a and any(one.name in OUT_OF_MLP for one in later):
+        kept += a * spec.shape.intermediate
+    norms = {"post_feedforward_layernorm"}
+    if linear.name not in OUT_OF_MLP:
+        kept += a * spec.shape.intermediate if linear.name == "up_proj" else _mlp(spec, settings)
+    if linear.name in ATTENTION:
+        norms |= {"post_attention_layernorm", "pre_feedforward_layernorm", "ln_2"}
+    if linear.name in INTO_ATTENTION:
+        kept += _attention(spec, settings)
+        norms |= {"q_norm", "k_norm"}
+    return kept + sum(_norm(spec, settings, name) for name, _ in plan.norm_entries if name in norms)
 
 
 def _adapter_inputs(
@@ -217,10 +271,11 @@ def _leaving_mlp(plan: Layout, settings: MemorySettings, stream: int, ffn: int) 
     chosen = targeted(plan.linears, settings.target) if tuner in LOW_RANK else ()
     if not any(one.name in OUT_OF_MLP for one in chosen):
         return stream + 3 * ffn
-    if adapter_bytes(settings) <= a:
-        return stream + 2 * ffn
     hidden = stream // stream_bytes(settings)
-    return 5 * a * hidden + 3 * ffn if mixed(settings) else 6 * a * hidden + 2 * ffn
+    results = 2 * a * hidden if tuner == "dora" else 0
+    if adapter_bytes(settings) <= a:
+        return stream + 2 * ffn - results
+    return (5 * a * hidden + 3 * ffn if mixed(settings) else 6 * a * hidden + 2 * ffn) - results
 
 
 def after_dequantising_per_token(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
@@ -263,12 +318,27 @@ def loss_bytes(spec: ModelSpec, settings: MemorySettings, *, backward: bool) -> 
     count, a = tokens(settings), compute_bytes(settings)
     if not in_tiles(settings):
         capped = a if spec.model_type in SOFT_CAPPED else 0
-        if settings.objective in ("orpo", "simpo"):  # our own loss: logits, those of answers, both in 32 bits
-            return count * spec.shape.vocab * (capped + 12)
-        return count * spec.shape.vocab * (capped + a + (12 if backward else 8))
+        if backward:  # log-probabilities, their gradient and that of the logits, all in 32 bits
+            return count * spec.shape.vocab * (capped + 12 + _held_logits(settings))
+        if settings.objective in PAIR_LOSS:  # logits of the answers are copied; in 16 bits the copy is brief
+            return count * spec.shape.vocab * (capped + a + 8)
+        return count * spec.shape.vocab * (capped + (8 if a == 4 else a + 8))
     tile = min(count, TILE_TOKENS) * TILE_VOCABULARY * a
     if settings.device == "cpu":
         tile += min(count, TILE_TOKENS) * min(spec.shape.vocab, TILE_VOCABULARY) * 20
     if backward:
         return tile + (4 + a) * count * spec.shape.hidden
     return tile + (a * count * spec.shape.hidden if settings.device == "cuda" else 0)
+
+
+def _held_logits(settings: MemorySettings) -> int:
+    """Bytes of a logit that the trainer refers to during the backward pass; our pair loss drops them."""
+    return 0 if settings.objective in PAIR_LOSS else compute_bytes(settings)
+
+
+def head_bytes(spec: ModelSpec, settings: MemorySettings) -> int:
+    """Bytes of logits when the gradient of the output matrix is computed: theirs, and those still held."""
+    if outputs(settings) or in_tiles(settings):
+        return 0
+    each = compute_bytes(settings) + _held_logits(settings)
+    return tokens(settings) * spec.shape.vocab * each

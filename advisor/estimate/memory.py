@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from msgspec import structs
+
 from advisor.estimate import activations as act
-from advisor.estimate import states
+from advisor.estimate import adapted, states
 from advisor.estimate.layers import Layout, layout, targeted
 from advisor.estimate.tunable import LOW_RANK, VIRTUAL, count, outputs, trainable_parameters, tuner_name
 from advisor.types import Band, MemoryEstimate, MemorySettings, ModelSpec, Part, Record
@@ -47,13 +49,19 @@ def estimate_memory(spec: ModelSpec, settings: MemorySettings, rules: Mapping[st
     Raises:
         UnknownNameError: the tuner is not known.
     """
-    plan = layout(spec)
-    case = _Case(
-        spec=spec, plan=plan, settings=settings, rules=dict(rules), trainable=count(spec, plan, settings)
-    )
+    case = _case(spec, settings, rules)
     phases = _phases(case)
     phase = max(phases, key=lambda name: _sum(phases[name]))
     return _estimate(case, phase.partition(":")[0], phases[phase], engine="closed_form")
+
+
+def _case(spec: ModelSpec, settings: MemorySettings, rules: Mapping[str, Any]) -> _Case:
+    plan = layout(spec)
+    if outputs(settings):  # a head of a few scores takes the place of the output matrix
+        plan = structs.replace(plan, head=0)
+    return _Case(
+        spec=spec, plan=plan, settings=settings, rules=dict(rules), trainable=count(spec, plan, settings)
+    )
 
 
 def _estimate(
@@ -88,10 +96,7 @@ def traced_estimate(
         rules: tables of kb/rules/memory.toml.
         peaks: bytes of live tensors by phase, from `python -m advisor.train.trace`.
     """
-    plan = layout(spec)
-    case = _Case(
-        spec=spec, plan=plan, settings=settings, rules=dict(rules), trainable=count(spec, plan, settings)
-    )
+    case = _case(spec, settings, rules)
     phase = max((name for name in peaks if name != "steady"), key=lambda name: peaks[name])
     parts = [
         case.part("steady", peaks["steady"], "live tensors before the step, traced"),
@@ -123,12 +128,14 @@ def _phases(case: _Case) -> dict[str, list[Part]]:
     phases = {
         "load": _load(case),
         "forward": [*held, kept, _final(case), *_weight_copies(case), _loss(case, backward=False)],
-        "backward:loss": [*held, kept, _final(case), _loss(case, backward=True), _head_gradient(case)],
+        "backward:loss": [*held, kept, _final(case), _loss(case, backward=True), *_tiled_gradient(case)],
+        "backward:head": [*held, kept, _final(case), *_head(case)],
         "backward:block": [*held, kept, *_block(case), *_pending(case, ends=False)],
         "backward:first": [*steady, _gradients_at_first(case, gradients), *_block(case), *_waiting(case)],
         "backward:end": [*steady, gradients, *_pending(case, ends=True)],
         "optimizer": [*steady, gradients, states.step_copies(case.settings, case.rules, case.trainable)],
         "evaluation": [*steady, _final(case), _loss(case, backward=False)],
+        **_adapted(case, held, kept),
     }
     if case.settings.objective in ("rloo", "grpo"):
         phases["generation"] = [*steady, _generation(case)]
@@ -141,8 +148,10 @@ def _kept(case: _Case) -> Part:
     if not settings.gradient_checkpointing:
         each = act.saved_per_token(case.spec, case.plan, settings)
         casts = act.saved_casts(case.plan, settings, case.trainable)
+        missing = act.missing_per_token(case.spec, case.plan, settings)
         formula = f"{blocks} blocks x ({tokens:,} tokens x {each:,} B + {casts:,} B of copied weights)"
-        return case.part("activations", blocks * (tokens * each + casts), formula)
+        formula += f", less {missing:,} B a token in the first one" if missing else ""
+        return case.part("activations", blocks * (tokens * each + casts) - tokens * missing, formula)
     each = act.stream_bytes(settings) * case.spec.shape.hidden
     inputs = -(-blocks // settings.checkpoint_every)
     if settings.offload_activations:  # one on its way out or in, and the one that is worked on
@@ -170,18 +179,49 @@ def _weight_copies(case: _Case) -> list[Part]:
     return [case.part("weight_copies", 2 * copied, f"{copied:,} x 2 B under autocast")]
 
 
+def _recomputed(case: _Case) -> Part:
+    """One block (or as many as one checkpoint spans), computed again for its backward."""
+    settings, plan, tokens = case.settings, case.plan, act.tokens(case.settings)
+    blocks = min(settings.checkpoint_every, plan.blocks)
+    each = act.saved_per_token(case.spec, plan, settings)
+    if act.stream_bytes(settings) == 4:
+        each -= 4 * case.spec.shape.hidden
+    casts = act.saved_casts(plan, settings, case.trainable)
+    formula = f"{blocks} blocks x ({tokens:,} tokens x {each:,} B + {casts:,} B of copied weights)"
+    return case.part("recomputed", blocks * (tokens * each + casts), formula)
+
+
+def _adapted(case: _Case, held: list[Part], kept: Part) -> dict[str, list[Part]]:
+    """The moments at which a layer with a low-rank adapter runs, forward and (DoRA) backward."""
+    settings, tokens, tuner = case.settings, act.tokens(case.settings), tuner_name(case.settings.tuner)
+    if tuner not in LOW_RANK:
+        return {}
+    again = settings.gradient_checkpointing
+    saved = _recomputed(case) if again else kept
+    before = [*held, kept] if again else held
+    stream = act.stream_bytes(settings) * case.spec.shape.hidden
+    phases = {}
+    for linear in targeted(case.plan.linears, settings.target):
+        after = tokens * act.kept_after(case.spec, case.plan, settings, linear)
+        part = case.part(saved.name, max(0, saved.bytes - after), f"{saved.formula}, up to {linear.name}")
+        moments = adapted.forward(linear, act.widths(settings), dora=tuner == "dora")
+        for number, moment in enumerate(moments):
+            each = moment.per_token + (3 if again else 4) * stream
+            formula = f"{linear.name}: {tokens:,} tokens x {each:,} B + {moment.fixed:,} B"
+            running = case.part("adapted_product", tokens * each + moment.fixed, formula)
+            phases[f"{'backward' if again else 'forward'}:{linear.name}:{number}"] = [*before, part, running]
+        if tuner == "dora":
+            each = adapted.backward(linear, act.widths(settings)).per_token + stream
+            formula = f"{linear.name}: {tokens:,} tokens x {each:,} B"
+            running = case.part("activation_gradients", tokens * each, formula)
+            phases[f"backward:{linear.name}:gradient"] = [*before, part, running]
+    return phases
+
+
 def _block(case: _Case) -> list[Part]:
     """One block (or as many as one checkpoint spans) recomputed, and the gradients passing through it."""
     settings, plan, tokens = case.settings, case.plan, act.tokens(case.settings)
-    parts = []
-    if settings.gradient_checkpointing:
-        blocks = min(settings.checkpoint_every, plan.blocks)
-        each = act.saved_per_token(case.spec, plan, settings)
-        if act.stream_bytes(settings) == 4:
-            each -= 4 * case.spec.shape.hidden
-        casts = act.saved_casts(plan, settings, case.trainable)
-        formula = f"{blocks} blocks x ({tokens:,} tokens x {each:,} B + {casts:,} B of copied weights)"
-        parts.append(case.part("recomputed", blocks * (tokens * each + casts), formula))
+    parts = [_recomputed(case)] if settings.gradient_checkpointing else []
     extra = act.backward_extra_per_token(case.spec, plan, settings)
     parts.append(case.part("activation_gradients", extra * tokens, f"{tokens:,} tokens x {extra:,} B"))
     largest = max(one.weights for one in plan.linears)
@@ -210,14 +250,27 @@ def _vocabulary(case: _Case) -> int:
     return 0 if outputs(case.settings) else case.plan.head or case.plan.embedding
 
 
-def _head_gradient(case: _Case) -> Part:
-    """The chunked loss sums the gradient of the output matrix in 32 bits, then casts it."""
+def _tiled_gradient(case: _Case) -> list[Part]:
+    """A loss in tiles sums the gradient of the output matrix in 32 bits on its way, then casts it."""
     settings, entries = case.settings, _vocabulary(case)
-    if not act.trains_everything(settings):
-        return case.part("head_gradient", 0, "the output matrix is frozen")
+    if not (act.trains_everything(settings) and act.in_tiles(settings)):
+        return []
     size = states.stored_bytes(settings)
-    each = 4 + (size if size < 4 else 0) if act.in_tiles(settings) else size
-    return case.part("head_gradient", each * entries, f"{entries:,} x {each} B")
+    each = 4 + (size if size < 4 else 0)
+    return [case.part("head_gradient", each * entries, f"{entries:,} x {each} B")]
+
+
+def _head(case: _Case) -> list[Part]:
+    """The product with the output matrix, backward, when all logits are held."""
+    settings, entries = case.settings, _vocabulary(case)
+    size = act.head_bytes(case.spec, settings)
+    if not (act.trains_everything(settings) and size):
+        return []
+    each = act.compute_bytes(settings)
+    return [
+        case.part("logits_and_loss", size, "logits that are held, and their gradient"),
+        case.part("head_gradient", each * entries, f"{entries:,} x {each} B"),
+    ]
 
 
 def _gradients_at_first(case: _Case, gradients: Part) -> Part:

@@ -171,9 +171,12 @@ def _loss(model: nn.Module, inputs: dict[str, Any], ids: Tensor, settings: Memor
     if in_tiles(settings):
         sums = outputs.log_probs.sum(1)
     else:
-        logits = outputs.logits[:, :-1].flatten(0, 1)
-        sums = -functional.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="none")
-        sums = sums.view(ids.shape[0], -1).sum(1)
+        logits = outputs.logits[:, :-1]
+        del outputs  # as our own pair loss: it refers to the logits alone, and to no narrow copy of them
+        picked = functional.cross_entropy(
+            logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+        )
+        sums = -picked.view(ids.shape[0], -1).sum(1)
     if settings.objective == "kto":
         return (-torch.sigmoid(sums).mean(),)
     better, worse = sums.chunk(2)

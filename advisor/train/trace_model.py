@@ -7,7 +7,7 @@ configuration file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,10 +22,15 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING,
+)
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.trainer.utils import add_fused_lm_head
 
+from advisor.errors import RefusedError
 from advisor.train.trace_standins import FLASH, PADDED, Autocast, Product4
 from advisor.train.tuners import GROUPS
 from advisor.types import MemorySettings, ModelSpec
@@ -36,6 +41,10 @@ BLOCK, OUTER = 64, 256
 VIRTUAL = {
     "prompt_tuning": PromptTuningConfig, "p_tuning": PromptEncoderConfig, "prefix_tuning": PrefixTuningConfig,
 }  # fmt: skip
+CHOSEN_BY_PEFT: dict[str, tuple[type[PeftConfig], Mapping[str, Any]]] = {
+    "ia3": (IA3Config, TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING),
+    "ln_tuning": (LNTuningConfig, TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING),
+}
 PAIRED = ("dpo", "orpo", "simpo", "reward")
 OUTPUTS = {
     "sft": ("log_probs", "entropy", "is_top1"),
@@ -74,7 +83,7 @@ def build(spec: ModelSpec, settings: MemorySettings) -> nn.Module:
     model.train()
     if in_tiles(settings):
         add_fused_lm_head(model, outputs=OUTPUTS.get(settings.objective, ("log_probs",)))
-    adapters = adapters_of(settings)
+    adapters = adapters_of(spec.model_type, settings)
     if adapters is not None:
         with torch.device("meta"):
             model = get_peft_model(model, adapters)
@@ -106,15 +115,25 @@ def configuration(spec: ModelSpec) -> Any:
     )  # fmt: skip
 
 
-def adapters_of(settings: MemorySettings) -> PeftConfig | None:
-    """Return PEFT's configuration of a tuner, None for full tuning."""
+def adapters_of(model_type: str, settings: MemorySettings) -> PeftConfig | None:
+    """Return PEFT's configuration of a tuner, None for full tuning.
+
+    Raises:
+        RefusedError: the tuner takes PEFT's own choice of layers, and PEFT has none for the family.
+    """
     if settings.tuner == "full":
         return None
     task = "SEQ_CLS" if settings.objective == "reward" else "CAUSAL_LM"
     if settings.tuner in VIRTUAL:
         return VIRTUAL[settings.tuner](task_type=task, num_virtual_tokens=settings.virtual_tokens)
-    if settings.tuner in ("ia3", "ln_tuning"):
-        return IA3Config(task_type=task) if settings.tuner == "ia3" else LNTuningConfig(task_type=task)
+    if settings.tuner in CHOSEN_BY_PEFT:
+        kind, families = CHOSEN_BY_PEFT[settings.tuner]
+        if model_type not in families:
+            raise RefusedError(
+                f"PEFT names no layers of {model_type} for {settings.tuner}, so that no program trains it.",
+                "Use lora.",
+            )
+        return kind(task_type=task)
     named = GROUPS.get(settings.target) or tuple(name.strip() for name in settings.target.split(","))
     modules = settings.target if settings.target == "all-linear" else list(named)
     if settings.tuner == "osf":

@@ -37,6 +37,14 @@ CASES: tuple[tuple[ModelSpec, dict[str, Any]], ...] = (
     (LLAMA, {"tuner": "osf", "weight_bits": 32, "micro_batch": 2, "seq_len": 1024}),
     (LLAMA, {"tuner": "prefix_tuning", "virtual_tokens": 20, "gradient_checkpointing": False}),
     (spec("olmo2", heads=16, kv_heads=16, tied=False, **WIDE), {"tuner": "full", "micro_batch": 2}),
+    (spec("olmo2", heads=16, kv_heads=16, tied=False, **WIDE), {"objective": "reward", "weight_bits": 4}),
+    (LLAMA, {"tuner": "dora", "target": "mlp", "micro_batch": 2, "seq_len": 512}),
+    (spec("phi3", heads=16, kv_heads=16, tied=False, **WIDE), {"tuner": "dora", "weight_bits": 32}),
+    (LLAMA, {"tuner": "dora", "precision": "fp32", "weight_bits": 32, "gradient_checkpointing": False}),
+    (
+        spec("gemma2", heads=8, kv_heads=4, **WIDE),
+        {"tuner": "full", "objective": "orpo", "loss": "full_logits"},
+    ),
 )
 
 
@@ -73,9 +81,7 @@ def ask(cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[dict[str, i
 
 @pytest.mark.slow
 def test_the_closed_form_agrees_with_the_tracer() -> None:
-    """Six families, tuners, precisions and losses: each within 5%, half of them within 1.5%.
-
-    Four layers are few: the first, which keeps less, is a quarter of them. At 8B the two differ by 0.1%."""
+    """Six families, tuners, precisions and losses: each within 5%, half of them within 1%."""
     errors = []
     for (model, given), peaks in zip(CASES, ask(CASES), strict=True):
         closed = estimate_memory(model, MemorySettings(**given), RULES)
@@ -84,7 +90,7 @@ def test_the_closed_form_agrees_with_the_tracer() -> None:
         assert sum(part.bytes for part in traced.parts) == traced.peak_bytes.expected
         errors.append(abs(closed.allocated_bytes.expected / traced.allocated_bytes.expected - 1))
     assert max(errors) < 0.05, errors
-    assert sorted(errors)[len(errors) // 2] < 0.015, errors
+    assert sorted(errors)[len(errors) // 2] < 0.01, errors
 
 
 @pytest.mark.slow
