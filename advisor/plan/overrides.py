@@ -155,6 +155,8 @@ def _follow(sheet: Sheet, chosen: Collection[str]) -> None:
     Raises:
         UsageError: both batches were set, and one is not a multiple of the other.
     """
+    if "packing" in chosen:
+        _pack_one_at_a_time(sheet, chosen)
     if "micro_batch" in chosen and "per_step_batch" in sheet.settings:
         sheet.say("per_step_batch", "per_step_batch", value=sheet.settings["micro_batch"])
     if not {"micro_batch", "effective_batch", "num_generations"} & set(chosen):
@@ -177,6 +179,24 @@ def _follow(sheet: Sheet, chosen: Collection[str]) -> None:
             + (f" and of num_generations {group}." if group > 1 else "."),
             "Set them so that it is, or leave effective_batch away.",
         )
+
+
+def _pack_one_at_a_time(sheet: Sheet, chosen: Collection[str]) -> None:
+    """Without flash attention packed sequences are joined to one, which costs the square of its length.
+
+    Raises:
+        UsageError: more than one sequence at a time was set too.
+    """
+    settings = sheet.settings
+    if not settings["packing"] or settings.get("attention") == "flash" or settings["micro_batch"] == 1:
+        return
+    if "micro_batch" in chosen:
+        raise UsageError(
+            f"packing with micro_batch {settings['micro_batch']} makes one sequence of all, which "
+            "without flash attention costs the square of its length.",
+            "Leave --set micro_batch away: one packed sequence at a time is full already.",
+        )
+    sheet.say("micro_batch", "one_packed", value=1)
 
 
 def keep_shape(sheet: Sheet, start: StartFrom | None) -> dict[str, Value]:
@@ -243,7 +263,8 @@ def _outside(name: str, value: Value, objective: Objective, proposal: Proposal, 
 def memory_with(settings: MemorySettings, sheet: Sheet, changed: Iterable[str]) -> MemorySettings:
     """The estimator's input with the overridden settings in it."""
     changes: dict[str, object] = {}
-    names = {key.rpartition(".")[2] for key in changed}
+    # Whatever else was set, the rows in memory may have moved with it.
+    names = {key.rpartition(".")[2] for key in changed} | {"micro_batch"}
     for name in names & MEMORY_KEYS.keys():
         if name in sheet.settings:
             changes[MEMORY_KEYS[name]] = sheet.settings[name]

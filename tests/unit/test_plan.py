@@ -346,6 +346,17 @@ def test_the_batches_move_together() -> None:
     assert int(str(made.stages[-1].settings["effective_batch"])) % 6 == 0
 
 
+def test_packing_by_hand_keeps_one_sequence_in_memory() -> None:
+    """Asked for alone, it moves the batch, so that the run is not refused; with a batch of more it is
+    refused here."""
+    stage = plan(rows(), overrides={"packing": True}).stages[0]
+    assert (stage.settings["packing"], stage.settings["micro_batch"]) == (True, 1)
+    plain = plan(rows(), overrides={"micro_batch": 1}).stages[0]
+    assert stage.estimate.peak_bytes.high < 1.2 * plain.estimate.peak_bytes.high
+    with pytest.raises(UsageError, match="square of its length"):
+        plan(rows(), overrides={"packing": True, "micro_batch": 4})
+
+
 # --- the whole -----------------------------------------------------------------------------------
 
 
