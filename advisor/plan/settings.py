@@ -248,3 +248,4 @@ def _keeping(sheet: Sheet, stage: StageFit, time: TimeEstimate, advice: Advice, 
     figures = {"times": points["saves_per_run"], "steps": f"{time.steps:,}"}
     sheet.say("save_every_steps", "save_every_steps", value=every, **figures)
     sheet.say("keep_checkpoints", "keep_checkpoints", value=points["keep"])
+    sheet.say("report_to", "report_to", value="none")

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 import advisor
-from advisor.errors import DiskError, MissingPackageError
+from advisor.errors import DiskError, MissingPackageError, RefusedError
 from advisor.probe.host import cpu_cores
 from advisor.resources import recipes_dir
+from advisor.run.events import stage_of
 from advisor.types import Recipe
 
 LOG = "train.log"
@@ -49,10 +50,17 @@ def require_packages(recipe: Recipe) -> None:
 
     Raises:
         MissingPackageError: names the first missing package and its extra.
+        RefusedError: what the curves are to be written with is missing.
     """
     eight_bit = "8bit" in str(recipe.settings.get("optimizer", ""))
     extra = ("bitsandbytes",) if recipe.tuner == "qlora" or eight_bit else ()
     require_installed((*NEEDED, *extra))
+    place = str(recipe.settings.get("report_to", "none"))
+    if place != "none" and importlib.util.find_spec(place) is None:
+        raise RefusedError(
+            f"The curves are to be written to {place}, which is not installed.",
+            f"Install it (pip install {place}), or plan with --set report_to=none.",
+        )
     if recipe.parallel is not None and recipe.parallel.kind == "zero3":
         require_installed(("deepspeed",), extra="deepspeed")
 
@@ -90,6 +98,8 @@ def start_program(
         DiskError: train.log cannot be written.
     """
     script = recipes_dir() / recipe.program / "train.py"
+    # Below the run folder, which is the program's working folder and may be moved.
+    curves = {"TENSORBOARD_LOGGING_DIR": f"tensorboard/{stage_of(recipe_file.name, recipe.objective)}"}
     try:
         log = (folder / LOG).open("ab")
     except OSError as problem:
@@ -102,7 +112,7 @@ def start_program(
                 subprocess.Popen(
                     [sys.executable, "-P", str(script), recipe_file.name],
                     cwd=folder,
-                    env={**values, **(variables or {})},
+                    env={**values, **curves, **(variables or {})},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

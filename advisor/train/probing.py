@@ -151,6 +151,7 @@ def arguments(probe: Probe, settings: Settings) -> dict[str, Any]:
         "max_steps": 1 + probe.order.steps,
         "gradient_accumulation_steps": accumulated(settings),
         "save_strategy": "no",
+        "report_to": "none",
     }
 
 

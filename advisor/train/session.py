@@ -299,7 +299,7 @@ def trainer_arguments(recipe: Recipe, settings: Settings) -> dict[str, Any]:
         "data_seed": recipe.seed,
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "report_to": "none",
+        "report_to": settings.report_to,
         "disable_tqdm": True,
         **parallel_arguments(recipe),
         **(probing.arguments(probe, settings) if (probe := probing.asked()) else {}),

@@ -47,6 +47,7 @@ class Settings(Record, frozen=True, kw_only=True):
     evaluate: bool = True
     save_every_steps: int = 100
     keep_checkpoints: int = 2
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0

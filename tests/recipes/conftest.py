@@ -44,9 +44,11 @@ class Runs:
     def __getitem__(self, tuner: str) -> Trained:
         if tuner not in self._done:
             precision = "bf16" if tuner == "qlora" else "fp32"
+            curves = "tensorboard" if tuner == "lora" else "none"
             folder = make_run(
-                self._place / tuner, tuner=tuner, model=self._model, data=self._data, precision=precision
-            )
+                self._place / tuner, tuner=tuner, model=self._model, data=self._data, precision=precision,
+                report_to=curves,
+            )  # fmt: skip
             seen: list[dict[str, Any]] = []
             self._done[tuner] = Trained(folder, run(folder, on_event=seen.append), seen)
         return self._done[tuner]

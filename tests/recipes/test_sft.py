@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from advisor.errors import AdvisorError, InputError, RefusedError, UnknownNameError
 from advisor.recipe import check
@@ -26,6 +27,7 @@ torch = pytest.importorskip("torch")
 from transformers import AutoModelForCausalLM  # noqa: E402 - after the check that it is installed
 
 from advisor.train.data import IGNORED  # noqa: E402
+from advisor.train.session import trainer_arguments  # noqa: E402
 from advisor.train.settings import SftSettings, read_settings  # noqa: E402
 from advisor.train.trainer import AnswerTrainer, mean_token_loss  # noqa: E402
 from advisor.train.tuners import lora_config, prepare_model, target_modules  # noqa: E402
@@ -45,6 +47,26 @@ def test_it_learns(trained: Any, tuner: str) -> None:
     assert report.heldout_loss_after < 0.8 * report.heldout_loss_before
     assert report.measured_peak_bytes > 0
     assert report.tokens_per_second > 0
+
+
+def test_curves_are_written_for_tensorboard_where_that_was_asked_for(
+    trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One point a step, in the run folder by its stage. Who did not ask gets the known files only, whatever
+    login happens to be there."""
+    for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, "https://example.invalid")
+    recipe = read_record(trained["full"].folder / "recipe.yaml", Recipe)
+    settings = read_settings(recipe, SftSettings, cuda=False)
+    assert trainer_arguments(recipe, settings)["report_to"] == "none"
+    (file,) = (trained["lora"].folder / "tensorboard" / "sft").iterdir()
+    events = EventFileLoader(str(file)).Load()
+    points = [(e.step, v.tag) for e in events for v in e.summary.value]
+    assert [step for step, tag in points if tag == "train/loss"] == list(range(1, 11))
+    assert {path.name for path in trained["full"].folder.iterdir()} == {
+        ".lock", "checkpoints", "events.jsonl", "heldout.jsonl", "model", "recipe.yaml", "report.json",
+        "train.log",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("tuner", TUNERS)

@@ -22,7 +22,7 @@ SFT_KEYS = {
     "learning_rate", "epochs", "max_steps", "micro_batch", "effective_batch", "max_seq_len", "warmup_ratio",
     "scheduler", "weight_decay", "max_grad_norm", "optimizer", "precision", "weight_bits",
     "gradient_checkpointing", "packing", "attention", "loss", "loss_on", "heldout_fraction",
-    "save_every_steps", "keep_checkpoints",
+    "save_every_steps", "keep_checkpoints", "report_to",
 }  # fmt: skip
 LORA_KEYS = {"lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target"}
 
