@@ -10,8 +10,12 @@ import ast
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
+
+import msgspec
 
 from advisor.knowledge import load
 from advisor.resources import starter_dir
@@ -42,17 +46,24 @@ class Installation(Record, frozen=True, kw_only=True):
     """Path of a C++ compiler."""
     starter: bool = False
     hub_token: bool = False
+    beside: dict[str, str] = {}
+    """name -> version of packages that may break the others."""
+
+
+class Conflict(Record, frozen=True, kw_only=True):
+    """One table of kb/rules/software.toml: a package that breaks others by being installed."""
+
+    versions: str
+    """PEP 440 specifier; empty: all."""
+    text: str
+    remedy: str
+    source: str
+    checked: str
 
 
 def installed_packages() -> dict[str, str]:
     """Return name -> version of the packages of the extras that are installed, without importing them."""
-    found = {}
-    for name in (package for packages in EXTRAS.values() for package in packages):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return _versions(package for packages in EXTRAS.values() for package in packages)
 
 
 def doctor_findings(hardware: Hardware) -> tuple[Finding, ...]:
@@ -61,12 +72,14 @@ def doctor_findings(hardware: Hardware) -> tuple[Finding, ...]:
     Raises:
         KnowledgeError: the knowledge base cannot be read.
     """
-    low = from_gib(load().rules["probe"]["disk"]["low_free_gib"])
-    return judge(look_around(), hardware, low_free_bytes=low)
+    rules = load().rules
+    low = from_gib(rules["probe"]["disk"]["low_free_gib"])
+    conflicts = msgspec.convert(rules["software"], dict[str, Conflict])
+    return judge(look_around(conflicts), hardware, low_free_bytes=low, conflicts=conflicts)
 
 
-def look_around() -> Installation:
-    """Collect what is installed on this computer."""
+def look_around(conflicts: Mapping[str, Conflict] = MappingProxyType({})) -> Installation:
+    """Collect what is installed on this computer, with the packages that may break the others."""
     compiler = os.environ.get("CXX", "").split()[:1]
     return Installation(
         packages=installed_packages(),
@@ -75,14 +88,19 @@ def look_around() -> Installation:
         compiler=next(filter(None, map(shutil.which, (*compiler, *_COMPILERS))), None),
         starter=any(starter_dir().rglob("*.safetensors")),
         hub_token=_has_hub_token(),
+        beside=_versions(conflicts),
     )
 
 
-def judge(here: Installation, hardware: Hardware, *, low_free_bytes: int) -> tuple[Finding, ...]:
-    """Return the findings about an installation on a machine, from nothing but the two records."""
+def judge(
+    here: Installation, hardware: Hardware, *, low_free_bytes: int,
+    conflicts: Mapping[str, Conflict] = MappingProxyType({}),
+) -> tuple[Finding, ...]:  # fmt: skip
+    """Return the findings about an installation on a machine, from nothing but the records."""
     return (
         *_missing(here),
         *_outdated(here),
+        *_conflicting(here, conflicts),
         *_torch_without_gpu(here, hardware),
         *_little_disk(hardware, low_free_bytes),
         *_offline(here),
@@ -158,6 +176,34 @@ def _outdated(here: Installation) -> list[Finding]:
                 remedy=f"pip install '{wanted.name}{wanted.specifier}'",
             )
     return list(findings.values())
+
+
+def _conflicting(here: Installation, conflicts: Mapping[str, Conflict]) -> list[Finding]:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:
+        return []  # `_outdated` says that versions were not compared
+    return [
+        Finding(
+            code="conflicting_package",
+            severity="warning",
+            message=f"{name} {version} is installed: {conflicts[name].text}.",
+            remedy=conflicts[name].remedy,
+        )
+        for name, version in here.beside.items()
+        if SpecifierSet(conflicts[name].versions).contains(version, prereleases=True)
+    ]
+
+
+def _versions(names: Iterable[str]) -> dict[str, str]:
+    """Return name -> version of those that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _versions_unchecked(why: str) -> Finding:

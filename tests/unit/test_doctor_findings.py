@@ -10,7 +10,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from advisor.probe.software import EXTRAS, Installation, installed_packages, judge, look_around, torch_backend
+from advisor.knowledge import load
+from advisor.probe.software import (
+    EXTRAS,
+    Conflict,
+    Installation,
+    installed_packages,
+    judge,
+    look_around,
+    torch_backend,
+)
 from advisor.types import Accelerator, Finding, Hardware, Volume
 
 GIB = 1024**3
@@ -100,6 +109,21 @@ def test_two_wrong_versions_are_two_findings_and_one_package_is_told_once() -> N
         low_free_bytes=0,
     )
     assert [f.code for f in found].count("unsupported_version") == 2
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "known"),
+    [("torchao", "0.15.0", True), ("torchao", "0.16.0", False), ("gptqmodel", "5.0", True),
+     ("adapters", "1.2.0", True), ("unsloth", "2026.10.9", True), ("unsloth", "2099.1.1", False)],
+)  # fmt: skip
+def test_packages_that_break_others_are_named(package: str, version: str, known: bool) -> None:
+    """Only the versions that are known for it, each with what it breaks and what to do."""
+    conflicts = msgspec.convert(load().rules["software"], dict[str, Conflict])
+    here = msgspec.structs.replace(COMPLETE, beside={package: version})
+    found = judge(here, MACHINE, low_free_bytes=0, conflicts=conflicts)
+    named = [finding for finding in found if finding.code == "conflicting_package"]
+    assert len(named) == known
+    assert all(f"{package} {version}" in finding.message and finding.remedy for finding in named)
 
 
 def test_a_local_build_counts_as_its_version() -> None:
