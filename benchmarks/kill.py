@@ -24,15 +24,10 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -44,14 +39,13 @@ import numpy as np  # noqa: E402 - after the number of threads
 import psutil  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
-import advisor.run.launch  # noqa: E402
 from advisor.probe.host import cpu_identity  # noqa: E402
 from advisor.probe.software import installed_packages  # noqa: E402
 from advisor.run.events import read_events  # noqa: E402
-from advisor.run.lock import is_locked  # noqa: E402
 from advisor.types import Record  # noqa: E402
+from forks import ended, forked, kill_supervisor, load_libraries, supervise  # noqa: E402
 from tiny import make_tiny_model  # noqa: E402
-from training import COLOURS, THINGS, make_run, rows, run, run_here, write_rows  # noqa: E402
+from training import COLOURS, THINGS, make_run, rows, run_here, write_rows  # noqa: E402
 
 METHODS = ("sft/full", "sft/lora", "sft/qlora", "dpo/lora", "grpo/lora")
 RESULTS = ("model/model.safetensors", "adapter/adapter_model.safetensors")
@@ -108,44 +102,9 @@ def folder_for(method: str, place: Path, model: Path, *, max_steps: int = 12) ->
     )  # fmt: skip
 
 
-def forked(work: Callable[[], int], log: int) -> int:
-    """Do something in a fork that writes to a log and ends with the status that it returns; return its id."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        status = work()
-    except BaseException:  # noqa: BLE001 - nothing may leave the fork but its status
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
 def start(folder: Path) -> int:
     """Train in a forked process and return its id."""
-    log = os.open(folder / "train.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    try:
-        return forked(lambda: run_here(folder), log)
-    finally:
-        os.close(log)
-
-
-def ended(pid: int, *, within: float | None) -> int | None:
-    """Wait for a process and return its status, None when it still runs after `within` seconds."""
-    deadline = None if within is None else time.monotonic() + within
-    while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if deadline is not None and time.monotonic() >= deadline:
-            return None
-        time.sleep(0.002)
+    return forked(lambda: run_here(folder), folder / "train.log")
 
 
 def difference(one: Path, other: Path) -> float:
@@ -211,62 +170,12 @@ def two_stages(model: Path, place: Path) -> Path:
     return folder
 
 
-class Forked(subprocess.Popen[bytes]):
-    """Stands in for subprocess.Popen: the program goes on in a fork, where the libraries are loaded."""
-
-    def __init__(
-        self, command: list[str], *, cwd: Path, env: dict[str, str], stdout: Any, **rest: Any
-    ) -> None:
-        self.args, self.stdin, self.stdout, self.stderr = command, None, None, None
-        self._waitpid_lock, self.returncode, self._child_created = threading.Lock(), None, True
-
-        def work() -> int:
-            os.setpgid(0, 0)
-            os.environ.clear()
-            os.environ.update(env)
-            return run_here(cwd, command[-1])
-
-        self.pid = forked(work, stdout.fileno())
-
-
-def supervise(folder: Path) -> int:
-    """Run a folder as `ftadvisor run --resume` does, in a forked process, and return its id."""
-
-    def work() -> int:
-        advisor.run.launch.subprocess = SimpleNamespace(
-            Popen=Forked, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
-        )
-        return 0 if run(folder, resume=True).status == "done" else 1
-
-    log = os.open(folder / "train.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    try:
-        return forked(work, log)
-    finally:
-        os.close(log)
-
-
 def await_the_end_of_the_first(folder: Path, pid: int) -> None:
     """Return as soon as the first stage has said that it is done, or the supervisor has ended."""
     while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         if any(e["event"] == "end" for e in read_events(folder / "events.jsonl")):
             return
         time.sleep(0.0005)
-
-
-def kill_supervisor(folder: Path, pid: int, *, program_too: bool) -> None:
-    """Kill a supervisor, with its program as when the machine goes off; wait until the program has ended."""
-    children = psutil.Process(pid).children()
-    os.kill(pid, signal.SIGKILL)
-    for child in children if program_too else ():
-        child.kill()
-    ended(pid, within=None)
-    unlocked(folder)
-
-
-def unlocked(folder: Path) -> None:
-    """Wait until no program of a killed supervisor works in a folder any more."""
-    while is_locked(folder):
-        time.sleep(0.01)
 
 
 def measure_stages(model: Path, place: Path, *, kills: int, chance: random.Random) -> Row:
@@ -359,12 +268,7 @@ def main() -> None:
     given = parser.parse_args()
     chance = random.Random(given.seed)
     target = given.out or HERE / "results" / f"kill-{datetime.date.today()}.md"
-    import torch  # noqa: F401 - loaded once, then forked
-    import trl  # noqa: F401
-
-    import advisor.train.reinforcement
-    import advisor.train.trainer  # noqa: F401
-
+    load_libraries()
     methods = list(filter(None, given.only.split(",")))
     kept = earlier([*methods, *([STAGES] if given.stages else [])])
     found: list[Row] = []

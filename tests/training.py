@@ -95,15 +95,14 @@ def run(
     return run_plan(folder, resume=resume, on_event=on_event, offline=True)
 
 
-def run_here(folder: Path, recipe_file: str = "recipe.yaml") -> int:
-    """Train a recipe of a run folder in this process, which has the libraries loaded already; return the exit
-    status.
+def run_here(folder: Path) -> int:
+    """Train a run folder in this process, which has the libraries loaded already; return the exit status.
 
     The program is the shipped one; what the supervisor adds (locks, other processes) is left out.
     """
     from advisor.train.session import run_program
 
-    recipe = read_record(folder / recipe_file, Recipe)
+    recipe = read_record(folder / "recipe.yaml", Recipe)
     script = recipes_dir() / recipe.program / "train.py"
     spec = importlib.util.spec_from_file_location(f"program_{recipe.program}", script)
     assert spec is not None
@@ -114,7 +113,7 @@ def run_here(folder: Path, recipe_file: str = "recipe.yaml") -> int:
     hook = sys.excepthook
     try:
         with contextlib.chdir(folder):
-            return run_program(module.train, Path(recipe_file))
+            return run_program(module.train, Path("recipe.yaml"))
     finally:
         sys.excepthook = hook
         for number, handler in before.items():

@@ -86,6 +86,18 @@ def memory(proc: Path, sys_root: Path) -> tuple[int, int]:
     return total, max(0, min(free, total))
 
 
+def oom_kills(proc: Path, sys_root: Path) -> int | None:
+    """Return how often the kernel has killed for want of memory, in the cgroups that bind this process, else
+    on the whole machine; None where it does not count."""
+    counted = [
+        count
+        for folder in _cgroups(proc, sys_root, "memory")
+        for name in ("memory.events", "memory.oom_control")
+        if (count := _fields(folder / name).get("oom_kill")) is not None
+    ]
+    return sum(counted) if counted else _fields(proc / "vmstat").get("oom_kill")
+
+
 def volume(role: Literal["output", "cache"], path: Path) -> Volume:
     """Return the free space where `path` lies or would lie once it is made."""
     try:

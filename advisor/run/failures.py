@@ -25,6 +25,9 @@ OUT_OF_MEMORY = (
 )
 """As torch, bitsandbytes and the system word it, in lower case."""
 NO_SPACE = ("no space left on device", "disk quota exceeded")
+CUT_SHORT = ("pytorchstreamwriter failed", "unexpected pos ")
+"""As torch words it when a file cannot be written to its end; it does not pass on why."""
+READ_ONLY = "read-only file system"
 SMALLER = (
     "Plan again with less memory: --set micro_batch=1, a shorter --set max_seq_len=..., or --method qlora. "
     "What was saved stays: checkpoints/"
@@ -51,6 +54,16 @@ def classify(status: int, error: dict[str, Any] | None, log: str) -> AdvisorErro
         return DiskError(
             "The disk is full.",
             "Free some space, then go on with --resume; the last whole checkpoint is kept.",
+        )
+    if any(words in lower for words in CUT_SHORT):
+        return DiskError(
+            "A file could not be written to its end: the disk is full, or fails.",
+            "Free some space, then go on with --resume; the last whole checkpoint is kept.",
+        )
+    if READ_ONLY in lower:
+        return DiskError(
+            "The disk can only be read from now; a disk that meets an error is made so.",
+            "See what the system says of it (dmesg); when it can be written again, go on with --resume.",
         )
     if status == -signal.SIGKILL:
         return TrainingError(

@@ -5,7 +5,6 @@ when the program was killed. Never does: decide; fail, where a figure cannot be 
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 import time
@@ -14,15 +13,9 @@ from typing import Any
 
 import psutil
 
-from advisor.probe.host import memory
+from advisor.probe.host import memory, oom_kills
 
 LOOK_EVERY_SECONDS = 2.0
-COUNTERS = (
-    Path("/sys/fs/cgroup/memory.events"),
-    Path("/sys/fs/cgroup/memory/memory.oom_control"),
-    Path("/proc/vmstat"),
-)
-"""Where Linux counts what it killed for want of memory: cgroup 2, cgroup 1, the whole machine."""
 
 
 class MachineWatch:
@@ -30,7 +23,7 @@ class MachineWatch:
 
     def __init__(self, folder: Path, pid: int) -> None:
         self._folder, self._pid = folder, pid
-        self._kills = oom_kills()
+        self._kills = oom_kills(Path("/proc"), Path("/sys"))
         self._ram, _ = memory(Path("/proc"), Path("/sys"))
         self._held = 0
         self._wall, self._steady = time.time(), time.monotonic()
@@ -55,7 +48,7 @@ class MachineWatch:
 
     def at_the_end(self) -> dict[str, Any]:
         """Return what speaks for or against a kill by the system."""
-        before, now = self._kills, oom_kills()
+        before, now = self._kills, oom_kills(Path("/proc"), Path("/sys"))
         return {
             "oom_kills": None if before is None or now is None else now - before,
             "memory_share": self._held / self._ram if self._ram and self._held else None,
@@ -80,15 +73,3 @@ def processor_heat() -> dict[str, float]:
         return {}
     celsius, limit = max(limits, key=lambda pair: pair[0] - pair[1])
     return {"celsius": celsius, "celsius_limit": limit, "clock_share": round(clock.current / clock.max, 3)}
-
-
-def oom_kills() -> int | None:
-    """Return how many processes the kernel has killed for want of memory; None where it does not count."""
-    for path in COUNTERS:
-        try:
-            found = re.search(r"^oom_kill (\d+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        except OSError:
-            continue
-        if found:
-            return int(found.group(1))
-    return None

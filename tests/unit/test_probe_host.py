@@ -299,3 +299,18 @@ def test_the_probe_loads_no_heavy_package() -> None:
         cwd=Path(__file__).resolve().parents[2],
     )  # fmt: skip
     assert json.loads(ran.stdout) == []
+
+
+def test_kills_for_want_of_memory_are_counted_where_they_happen(roots: Roots) -> None:
+    """The machine's count without a cgroup; with some, those on the way down to the process's own."""
+    assert host.oom_kills(roots.proc, roots.sys) is None
+    roots.write(roots.proc / "vmstat", "pgfault 7\noom_kill 9\n")
+    assert host.oom_kills(roots.proc, roots.sys) == 9
+    roots.belong_to("4:memory:/jobs/mine")
+    control = "oom_kill_disable 0\nunder_oom 0\noom_kill {}\n"
+    for place, kills in (("", 0), ("jobs/mine", 2), ("jobs/other", 5)):
+        roots.write(roots.cgroups / "memory" / place / "memory.oom_control", control.format(kills))
+    assert host.oom_kills(roots.proc, roots.sys) == 2
+    roots.belong_to("0::/mine")
+    roots.write(roots.cgroups / "mine" / "memory.events", "low 0\noom 4\noom_kill 3\n")
+    assert host.oom_kills(roots.proc, roots.sys) == 3

@@ -141,6 +141,8 @@ def test_the_program_has_no_network_and_a_group_of_its_own(stage: Stage) -> None
         ("say('OutOfMemoryError', None, 'Out of memory.')", TrainingError, "out_of_memory", "ran out of"),
         ("raise MemoryError", TrainingError, "out_of_memory", "memory"),
         ("raise OSError(28, 'No space left on device')", DiskError, "disk", "full"),
+        ("raise OSError(30, 'Read-only file system')", DiskError, "disk", "only be read"),
+        ("raise RuntimeError('unexpected pos 64 vs 0')", DiskError, "disk", "written to its end"),
         ("os.kill(os.getpid(), signal.SIGKILL)", TrainingError, "killed", "from outside"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", TrainingError, "training", "SIGSEGV"),
         ("print('the last words'); sys.exit(7)", TrainingError, "training", "the last words"),
@@ -263,7 +265,7 @@ def test_a_killed_program_steps_down_only_when_the_kernel_counted_it(
         run(folder)
     assert caught.value.code == "killed"
     counts = iter(range(100))
-    monkeypatch.setattr(advisor.run.machine, "oom_kills", lambda: next(counts))
+    monkeypatch.setattr(advisor.run.machine, "oom_kills", lambda *_: next(counts))
     report = run(folder, resume=True)
     assert report.status == "done"
     assert "2 instead of 4 rows" in report.decisions[0]
@@ -480,6 +482,15 @@ def test_what_is_missing_is_said(stage: Stage) -> None:
     folder = stage.program("step(1)")
     stage.data.unlink()
     with pytest.raises(DataError, match=r"data\.jsonl"):
+        run(folder)
+
+
+def test_curves_that_cannot_be_written_are_refused_before_anything_starts(stage: Stage) -> None:
+    """What is asked for and not installed is named, with the way out."""
+    folder = stage.program("step(5)")
+    recipe = folder / "recipe.yaml"
+    recipe.write_bytes(recipe.read_bytes().replace(b"settings:\n", b"settings:\n  report_to: mlflow\n"))
+    with pytest.raises(RefusedError, match="mlflow, which is not installed"):
         run(folder)
 
 
