@@ -669,6 +669,8 @@ class StepProbe(Record, frozen=True, kw_only=True):
     reference_seconds: float | None = None
     evaluation_seconds: float | None = None
     """Of one evaluation on all held-out rows."""
+    asking_seconds: float | None = None
+    """Of questions and rows before and after the training, together."""
     steps_planned: int = 0
     steps_measured: int = 0
     longest_tokens: int = 0

@@ -6,8 +6,9 @@
 Goes in: the starter and a random model of 34 million parameters, made-up data. Comes out:
 benchmarks/results/cpu-runs-<date>.md. Never does: fit a constant.
 
-All run on one core with one thread, and CPU-seconds are compared: on a machine that does other work too they
-are what the wall clock would show on an idle one. The plan's prediction is for that one core.
+All run on one core with one thread (the first that this process may use, so that two can run side by side).
+CPU-seconds are compared: on a machine that does other work too they are what the wall clock would show on an
+idle one. The plan's prediction is for that one core.
 """
 
 from __future__ import annotations
@@ -64,21 +65,26 @@ def main() -> None:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"cpu-runs-{today}.md")
     chosen = parser.parse_args()
-    kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
     place = Path(tempfile.mkdtemp(prefix="cpu-runs-"))
     try:
         _inputs(place)
         for name in chosen.only:
             folder = _plan(place, name)
             if chosen.what == "measure":
-                kept[name] = _measure(folder)
-                KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-            print(name, kept.get(name), flush=True)
+                found = _measure(folder)
+                KEPT.write_text(json.dumps({**_kept(), name: found}, indent=1) + "\n")
+            print(name, _kept().get(name), flush=True)
+        kept = _kept()
         text = report({name: (_predicted(place / name), kept[name]) for name in chosen.only if name in kept})
     finally:
         shutil.rmtree(place)
     chosen.out.write_text(text, encoding="utf-8")
     print(text)
+
+
+def _kept() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    return content
 
 
 def _inputs(place: Path) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from advisor.estimate.activations import in_tiles, saved_per_token, trains_everything
+from advisor.estimate.activations import PAIRED, in_tiles, saved_per_token, trains_everything
 from advisor.estimate.layers import Layout
 from advisor.estimate.states import trained_bytes
-from advisor.estimate.tunable import outputs
+from advisor.estimate.tunable import LOW_RANK, outputs, tuner_name
 from advisor.types import AcceleratorFacts, Hardware, MatrixBench, MemorySettings, ModelSpec, Record
 
 Rules = Mapping[str, Any]
@@ -32,7 +32,7 @@ class Rate(Record, frozen=True, kw_only=True):
     kept_byte_seconds: float = 0.0
     """For each byte that a block keeps for its backward pass: what is not a matrix product."""
     logit_seconds: float = 0.0
-    """For each logit of a loss in tiles, beyond its matrix product."""
+    """For each logit of the loss, beyond its matrix product."""
     link: float = 1.0
     """Bytes a second between two devices of one machine."""
     low: float
@@ -74,7 +74,7 @@ def rate(
     """
     measured = _measured(settings, hardware)
     if settings.device == "cpu":
-        return _processor(settings, hardware, measured, rules["cpu"])
+        return _processor(plan, settings, hardware, measured, rules["cpu"])
     facts = rules["gpu"]
     group = "full" if trains_everything(settings) else "adapters"
     layer = facts["layer_seconds_quantised" if settings.weight_bits < 16 else f"layer_seconds_{group}"]
@@ -157,8 +157,9 @@ def reduce_seconds(settings: MemorySettings, device: Rate, trainable: int) -> fl
 
 
 def _processor(
-    settings: MemorySettings, hardware: Hardware, measured: MatrixBench | None, facts: Mapping[str, Any]
-) -> Rate:
+    plan: Layout, settings: MemorySettings, hardware: Hardware, measured: MatrixBench | None,
+    facts: Mapping[str, Any],
+) -> Rate:  # fmt: skip
     features, half = set(hardware.cpu_features), settings.precision != "fp32"
     kind = "plain"
     if half and features & set(facts["amx_features"]):
@@ -168,21 +169,29 @@ def _processor(
     elif features & set(facts["avx512_features"]):
         kind = "avx512"
     several = max(1, hardware.cpu_cores) ** facts["scaling_exponent"]
-    group = "full" if trains_everything(settings) else "adapters"
+    group = "low_rank" if tuner_name(settings.tuner) in LOW_RANK else "other"
     product = facts["flops_per_core"][kind] * several
     if measured is not None:
         product = measured.flops[settings.precision] * facts["product_share"]
     return Rate(
         flops=product,
         kept_byte_seconds=facts["kept_byte_seconds"][group] / several,
-        logit_seconds=facts["logit_seconds"] / several,
+        logit_seconds=_logit_seconds(settings, facts) / several,
         bytes=measured.copy_bytes_per_second if measured else facts["gb_per_s"] * 1e9,
-        overhead_seconds=facts["overhead_seconds"],
-        token_seconds=facts["token_seconds"],
+        overhead_seconds=facts["block_seconds"][group] * plan.blocks,
+        token_seconds=facts["token_block_seconds"] * plan.blocks,
         low=facts["spread"]["low"],
         high=facts["spread"]["high"],
         source=measured_here(measured) if measured else facts["source"],
     )
+
+
+def _logit_seconds(settings: MemorySettings, facts: Mapping[str, Any]) -> float:
+    """Seconds of one core for each logit of the loss; a head with other outputs has none."""
+    if outputs(settings):
+        return 0.0
+    every = in_tiles(settings) or settings.objective in PAIRED
+    return float(facts["logit_seconds" if every else "plain_logit_seconds"])
 
 
 def elementwise_seconds(
@@ -193,9 +202,20 @@ def elementwise_seconds(
     What a block keeps for its backward pass is what its other operators write and read.
     """
     kept = saved_per_token(spec, plan, settings) * plan.blocks * device.kept_byte_seconds
-    logits = spec.shape.vocab * device.logit_seconds
-    tiled = in_tiles(settings) and settings.objective != "reward"
-    return float(tokens * (kept + (logits if tiled else 0.0)))
+    return float(tokens * (kept + spec.shape.vocab * device.logit_seconds))
+
+
+def token_seconds(plan: Layout, settings: MemorySettings, device: Rate, *, answers: int) -> float:
+    """Seconds of one more token of `answers` answers that are generated together."""
+    stored = settings.weight_bits / 8 * plan.parameters
+    return device.token_seconds + stored / device.bytes + 2 * answers * plan.parameters / device.flops
+
+
+def padding(settings: MemorySettings, rules: Rules) -> float:
+    """Tokens that pad a batch beyond its longest row, in the mean: a processor takes whole multiples."""
+    if settings.device != "cpu" or settings.precision != "bf16":
+        return 0.0
+    return float((rules["cpu"]["pad_multiple"] - 1) / 2)
 
 
 def optimizer_seconds(settings: MemorySettings, memory: Rate, rules: Rules, trainable: int) -> float:

@@ -10,9 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from advisor.estimate import rates
 from advisor.estimate.activations import rows as sequences_of
-from advisor.estimate.layers import layout
+from advisor.estimate.layers import Layout, layout
 from advisor.estimate.tunable import count
 from advisor.types import (
     AcceleratorFacts,
@@ -66,40 +68,35 @@ def estimate_time(
     """
     mean = min(float(settings.seq_len), max(mean_tokens, 1.0))
     steps = count_steps(settings, rows, epochs, effective_batch, max_steps, mean)
-    computed, real = _micro_tokens(settings, mean, lengths)
+    computed, real = _micro_tokens(settings, mean, lengths, rates.padding(settings, rules))
     micro_steps = max(1.0, effective_batch / max(settings.micro_batch * settings.gpus, 1))
     plan = layout(spec)
     device = rates.rate(plan, settings, accelerator, hardware, rules)
-    length = computed / sequences_of(settings)
-    work = rates.flops(spec, plan, settings, rules, tokens=computed, length=length)
-    micro = work / device.flops + device.overhead_seconds
-    micro += rates.dequantise_seconds(plan, settings, device, rules)
-    micro += rates.elementwise_seconds(spec, plan, settings, device, tokens=computed)
-    micro = max(
-        micro, rates.gather_seconds(plan, settings, device)
-    )  # fetched while the block before computes
-    forward = micro * rules["run"]["forward_share"] / max(settings.micro_batch, 1)
-    measured = min(evaluations, 2 + steps // rules["run"]["steps_between_evaluations"])
-    passes = measured * heldout_rows + rules["run"]["reference_passes"].get(settings.objective, 0) * rows
-    second = micro_steps * micro
+    micro = _micro_seconds(spec, plan, settings, device, rules, tokens=computed)
+    row = _row_seconds(spec, plan, settings, device, rules, mean, lengths)
+    scored = rules["run"]["step_passes"].get(settings.objective, 0) * settings.micro_batch * row
+    second = micro_steps * (micro + scored)
     trainable = count(spec, plan, settings)
     second += rates.optimizer_seconds(settings, device, rules, trainable)
     second += rates.reduce_seconds(settings, device, trainable)
     notes = list(device.notes)
     if settings.objective in ONLINE:
-        stored = settings.weight_bits / 8 * plan.parameters
-        second += settings.completion_tokens * (device.token_seconds + stored / device.bytes)
+        second += settings.completion_tokens * rates.token_seconds(plan, settings, device, answers=1)
         notes.append("the time to generate answers depends on their length and is the least certain part")
     band = Band(low=second * device.low, expected=second, high=second * device.high)
     tokens = micro_steps * real * settings.gpus
-    start = rules["run"]["start_seconds"] + forward * passes if steps else 0.0
+    measured = min(evaluations, 2 + steps // rules["run"]["steps_between_evaluations"])
+    around = _around(
+        plan, settings, device, rules, rows=rows, heldout=heldout_rows, measured=measured, row=row, mean=mean
+    )
+    start = around if steps else 0.0
     return TimeEstimate(
         steps=steps,
         seconds_per_step=band,
         seconds=Band(
-            low=start + band.low * steps,
+            low=start * device.low + band.low * steps,
             expected=start + band.expected * steps,
-            high=start + band.high * steps,
+            high=start * device.high + band.high * steps,
         ),
         tokens_per_second=Band(
             low=tokens / band.high, expected=tokens / band.expected, high=tokens / band.low
@@ -107,6 +104,66 @@ def estimate_time(
         source=device.source,
         notes=tuple(notes),
     )
+
+
+def _micro_seconds(
+    spec: ModelSpec, plan: Layout, settings: MemorySettings, device: rates.Rate, rules: Mapping[str, Any], *,
+    tokens: float,
+) -> float:  # fmt: skip
+    """Seconds of one micro batch of `tokens` tokens, forward and backward."""
+    work = rates.flops(spec, plan, settings, rules, tokens=tokens, length=tokens / sequences_of(settings))
+    seconds = work / device.flops + device.overhead_seconds
+    seconds += rates.dequantise_seconds(plan, settings, device, rules)
+    seconds += rates.elementwise_seconds(spec, plan, settings, device, tokens=tokens)
+    # Shards are fetched while the block before computes.
+    return max(seconds, rates.gather_seconds(plan, settings, device))
+
+
+def _row_seconds(
+    spec: ModelSpec, plan: Layout, settings: MemorySettings, device: rates.Rate, rules: Mapping[str, Any],
+    mean: float, lengths: Histogram | None,
+) -> float:  # fmt: skip
+    """Seconds of the forward pass of one row; rows that are only scored are padded, not packed."""
+    padded = msgspec.structs.replace(settings, packed=False)
+    tokens, _ = _micro_tokens(padded, mean, lengths, rates.padding(settings, rules))
+    micro = _micro_seconds(spec, plan, padded, device, rules, tokens=tokens)
+    return float(micro * rules["run"]["forward_share"] / max(settings.micro_batch, 1))
+
+
+def _around(
+    plan: Layout, settings: MemorySettings, device: rates.Rate, rules: Mapping[str, Any], *,
+    rows: int, heldout: int, measured: int, row: float, mean: float,
+) -> float:  # fmt: skip
+    """Seconds beside the steps: start, rows made ready, reference, held-out rows, questions before and after.
+
+    Args:
+        plan: of the model.
+        settings: objective and batch are read.
+        device: what it reaches.
+        rules: tables of kb/rules/time.toml.
+        rows: training rows.
+        heldout: rows that are measured on.
+        measured: how often.
+        row: seconds of the forward pass of one row.
+        mean: its tokens.
+    """
+    run, asked, objective = rules["run"], rules["asked"], settings.objective
+    quantised = run["quantised_start_seconds"] if settings.weight_bits < 16 else 0.0
+    seconds = run["start_seconds"] + quantised + run["row_seconds"] * (rows + heldout)
+    seconds += run["reference_passes"].get(objective, 0) * rows * row
+    first = objective in run["scored_at_first"]
+    seconds += (measured + first) * run["heldout_passes"].get(objective, 1) * heldout * row
+    if settings.gpus > 1:
+        return float(seconds)  # several devices are asked nothing
+    scored = min(heldout, asked["rows"]) if objective in asked["scores_rows"] else 0
+    seconds += asked["row_passes"] * scored * row
+    if objective not in asked["objectives"]:
+        return float(seconds)
+    answers = asked["together"]
+    batch = answers * asked["question_tokens"] * row / mean
+    batch += asked["answer_tokens"] * rates.token_seconds(plan, settings, device, answers=answers)
+    batches = asked["batches"] + (1 if scored else 0)
+    return float(seconds + 2 * min(batches * batch, max(asked["most_seconds"], batch)))
 
 
 def count_steps(
@@ -123,17 +180,25 @@ def count_steps(
     return steps if max_steps is None or max_steps < 0 else max_steps if rows else 0
 
 
-def _micro_tokens(settings: MemorySettings, mean: float, lengths: Histogram | None) -> tuple[float, float]:
-    """Tokens computed, and tokens that are not padding, of one micro batch."""
+def _micro_tokens(
+    settings: MemorySettings, mean: float, lengths: Histogram | None, padding: float
+) -> tuple[float, float]:
+    """Tokens computed, and tokens that are not padding, of one micro batch.
+
+    Args:
+        settings: batch, length and packing are read.
+        mean: tokens of a row.
+        lengths: their distribution, when known.
+        padding: tokens by which a padded length is longer than its longest row, in the mean.
+    """
     number = sequences_of(settings)
     if settings.packed:
         full = float(settings.micro_batch * settings.seq_len)
         return full, full
     if lengths is None or not sum(lengths.counts):
-        return number * mean, number * mean
-    return number * expected_longest(lengths, number, settings.seq_len), number * mean_length(
-        lengths, settings.seq_len
-    )
+        return number * (mean + padding), number * mean
+    longest = expected_longest(lengths, number, settings.seq_len)
+    return number * (longest + padding), number * mean_length(lengths, settings.seq_len)
 
 
 def expected_longest(lengths: Histogram, number: int, limit: int) -> float:

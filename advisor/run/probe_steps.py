@@ -43,7 +43,8 @@ RECIPE = "recipe.yaml"
 LOOK_EVERY_SECONDS = 0.1
 MEASURED = (
     "seconds", "seconds_per_step", "cpu_seconds", "cpu_seconds_per_step", "ready_seconds",
-    "reference_seconds", "evaluation_seconds", "steps_planned", "steps_measured", "longest_tokens",
+    "reference_seconds", "evaluation_seconds", "asking_seconds", "steps_planned", "steps_measured",
+    "longest_tokens",
 )  # fmt: skip
 """Fields that the program's own event has by the same names."""
 PATHS = ("reward_file", "reward_model")

@@ -5,6 +5,8 @@ Never does: judge; sample (all answers are greedy); move the random state of the
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -68,18 +70,40 @@ class Evaluator:
             swap: also score each answer behind another row's question.
         """
         begin = time.monotonic()
+        with self._asked() as model:
+            rows = tuple(self._losses(model, swap=swap))
+            samples = tuple(self._ask(model, self._samples, until=begin + MOST_SECONDS / 2))
+            probes = tuple(self._ask(model, self._probes, until=begin + MOST_SECONDS))
+        seconds = round(time.monotonic() - begin, 2)
+        return Measured(rows=rows, samples=samples, probes=probes, seconds=seconds)
+
+    @property
+    def batches(self) -> int:
+        """Batches of questions of one evaluation, where time does not end it."""
+        return sum(math.ceil(len(part) / TOGETHER) for part in (self._samples, self._probes))
+
+    def score(self) -> None:
+        """Score the rows once, as an evaluation does; to be timed."""
+        with self._asked() as model:
+            list(self._losses(model, swap=False))
+
+    def answer(self, tokens: int) -> None:
+        """Answer one batch of questions, `tokens` tokens each; to be timed."""
+        questions = max(self._samples, self._probes, key=len)[:TOGETHER]
+        with self._asked() as model:
+            list(self._ask(model, questions, until=math.inf, most=tokens))
+
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[Any]:
+        """Yield the model as it answers, and leave it as it was."""
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         was_training, cached = model.training, model.config.use_cache
         model.eval()
+        model.config.use_cache = True
         with torch.no_grad(), self._autocast(model):
-            rows = tuple(self._losses(model, swap=swap))
-            model.config.use_cache = True
-            samples = tuple(self._ask(model, self._samples, until=begin + MOST_SECONDS / 2))
-            probes = tuple(self._ask(model, self._probes, until=begin + MOST_SECONDS))
+            yield model
         model.config.use_cache = cached
         model.train(was_training)
-        seconds = round(time.monotonic() - begin, 2)
-        return Measured(rows=rows, samples=samples, probes=probes, seconds=seconds)
 
     def _autocast(self, model: Any) -> torch.autocast:
         """On a processor every length of a row would be compiled anew in 16 bits."""
@@ -128,7 +152,9 @@ class Evaluator:
         device = next(model.parameters()).device
         return tuple(torch.tensor(one, device=device) for one in made)
 
-    def _ask(self, model: Any, questions: list[dict[str, Any]], *, until: float) -> Iterator[Asked]:
+    def _ask(
+        self, model: Any, questions: list[dict[str, Any]], *, until: float, most: int = ANSWER_TOKENS
+    ) -> Iterator[Asked]:
         """Answer questions greedily, those of similar length together."""
         assert self._template is not None or not questions
         rendered = []
@@ -142,9 +168,11 @@ class Evaluator:
         for start in range(0, len(rendered), TOGETHER):
             if time.monotonic() > until:
                 return
-            yield from self._answers(model, rendered[start : start + TOGETHER])
+            yield from self._answers(model, rendered[start : start + TOGETHER], most)
 
-    def _answers(self, model: Any, batch: list[tuple[list[int], dict[str, Any]]]) -> Iterator[Asked]:
+    def _answers(
+        self, model: Any, batch: list[tuple[list[int], dict[str, Any]]], most: int
+    ) -> Iterator[Asked]:
         longest = max(len(ids) for ids, _ in batch)
         pad, end = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
         device = next(model.parameters()).device
@@ -153,7 +181,7 @@ class Evaluator:
         made = model.generate(
             input_ids=ids, attention_mask=mask,
             generation_config=GenerationConfig(
-                do_sample=False, num_beams=1, max_new_tokens=ANSWER_TOKENS, eos_token_id=end,
+                do_sample=False, num_beams=1, max_new_tokens=most, eos_token_id=end,
                 pad_token_id=pad,
             ),
         )[:, longest:].tolist()  # fmt: skip

@@ -22,6 +22,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from advisor.run.events import EventWriter
+from advisor.train.evaluation import ANSWER_TOKENS, MOST_ROWS, MOST_SECONDS, Evaluator
 from advisor.train.memory import peak_memory
 from advisor.train.settings import ReinforcementSettings, Settings
 from advisor.types import Recipe, Record
@@ -30,11 +31,12 @@ ORDER = "FTADVISOR_PROBE"
 MOST_ACCUMULATED = 2
 """Micro batches of a step: the second one meets the gradients of the first, and more change nothing."""
 
-REFERENCE_PASSES = {"dpo": 1, "kto": 2}
-"""Forward passes over all rows before the first step: the reference's log-probabilities, and KTO's mismatched
-answers."""
+WITH_REFERENCE = ("dpo", "kto")
+"""Objectives whose trainer scores all rows with the reference before the first step."""
 JUDGED_AT_FIRST = ("dpo", "kto", "orpo", "simpo")
 """Objectives whose held-out rows are scored once more, before all else."""
+FEW_ANSWERED, MORE_ANSWERED = 2, 8
+"""Tokens of each answer in a probe: the difference is what one more token of a batch takes."""
 
 
 class Order(Record, frozen=True, kw_only=True):
@@ -61,6 +63,14 @@ class Times(Record, frozen=True, kw_only=True):
         return Times(seconds=self.seconds + other.seconds, cpu_seconds=self.cpu_seconds + other.cpu_seconds)
 
 
+def mean_of(laps: Sequence[Times]) -> Times:
+    """Return the mean; nothing of none."""
+    total = Times()
+    for one in laps:
+        total = total.plus(one)
+    return total.scaled(1 / max(len(laps), 1))
+
+
 class Probe:
     """Chooses the rows of a probe and remembers what they stand for."""
 
@@ -72,12 +82,15 @@ class Probe:
         """Longest row of each typical batch, in order."""
         self.mean_tokens = 0.0
         """Longest row of a batch, in the mean over the whole data."""
-        self.all_tokens = self.heldout_tokens = self.heldout_taken = 0
+        self.batches = 0
+        """Micro batches of one pass over the data."""
+        self.heldout_tokens = self.heldout_taken = self.scored_tokens = 0
+        """Tokens held out, padding counted; taken of them by the probe; scored of them by an evaluation."""
 
     def rows(self, dataset: Any, settings: Settings) -> Any:
         """Return the longest rows of `dataset`, then typical batches, in the order of training."""
         sizes = row_tokens(dataset)
-        self.longest_tokens, self.all_tokens = max(sizes), sum(sizes)
+        self.longest_tokens = max(sizes)
         if isinstance(settings, ReinforcementSettings):
             self.steps_planned = _steps(len(sizes) * settings.num_generations, settings)
             longest = sorted(range(len(sizes)), key=lambda n: -sizes[n])
@@ -98,9 +111,12 @@ class Probe:
 
     def heldout(self, sizes: Sequence[int], settings: Settings) -> list[int]:
         """Return which held-out rows to measure on: those of one batch, the longest."""
-        longest = sorted(range(len(sizes)), key=lambda n: -sizes[n])[: settings.micro_batch]
-        self.heldout_tokens += sum(sizes)
-        self.heldout_taken += sum(sizes[n] for n in longest)
+        micro = settings.micro_batch
+        longest = sorted(range(len(sizes)), key=lambda n: -sizes[n])[:micro]
+        parts = [sizes[n : n + micro] for n in range(0, len(sizes), micro)]
+        self.heldout_tokens += sum(len(part) * max(part) for part in parts)
+        self.heldout_taken += sum(len(longest) * sizes[n] for n in longest[:1])
+        self.scored_tokens += sum(sizes[:MOST_ROWS])
         return longest
 
     def _packed(self, sizes: list[int], settings: Settings) -> list[int]:
@@ -127,7 +143,7 @@ class Probe:
         else:
             longest = sorted(range(len(sizes)), key=lambda n: -sizes[n])
             first = (longest * math.ceil(micro * each / len(longest)))[: micro * each]
-        chosen = typical(len(ranked), self.order.steps, each)
+        chosen, self.batches = typical(len(ranked), self.order.steps, each), len(ranked)
         self.typical_tokens = [max(sizes[n] for n in ranked[rank]) for rank in chosen]
         self.mean_tokens = sum(max(sizes[n] for n in group) for group in ranked) / len(ranked)
         return [*first, *(n for rank in chosen for n in ranked[rank])]
@@ -256,6 +272,7 @@ def measure_steps(
     events: EventWriter,
     *,
     measure: Callable[[], dict[str, Any]],
+    evaluator: Evaluator | None,
 ) -> None:
     """Evaluate once, train the few steps, and tell what they took.
 
@@ -266,24 +283,27 @@ def measure_steps(
         settings: of the recipe.
         events: where the `probe` event goes.
         measure: the evaluation, on the rows that `probe` left of the held-out ones.
+        evaluator: asks questions before and after the training; None where none are asked.
     """
     process = psutil.Process()
     ready = Times(seconds=time.time() - process.create_time(), cpu_seconds=time.process_time())
     trainer.args.train_sampling_strategy = "sequential"
     watch = _Watch()
+    measure()  # the first of a process warms up
+    watch.lap()
     measure()
-    one = watch.lap()
+    taken = watch.lap().scaled(1 / max(probe.heldout_taken, 1))
+    evaluation = taken.scaled(probe.heldout_tokens)
+    asking = _asking(probe, evaluator, watch) if evaluator is not None else Times()
+    reference = _reference(probe, trainer, settings, watch) if recipe.objective in WITH_REFERENCE else Times()
     stopwatch = _Stopwatch(probe.order.seconds)
     trainer.add_callback(stopwatch)
     trainer.train()
     peak, whole = peak_memory(), _whole(probe, stopwatch, settings)
-    share = probe.heldout_tokens / probe.heldout_taken if probe.heldout_taken else 1.0
-    evaluation = one.scaled(share)
-    each = one.scaled(1 / probe.heldout_taken) if probe.heldout_taken else Times()
-    reference = each.scaled(REFERENCE_PASSES.get(recipe.objective, 0) * probe.all_tokens)
     before = 2 if recipe.objective in JUDGED_AT_FIRST else 1
     passes = before + 1 + (probe.steps_planned - 1) // settings.save_every_steps
-    total = ready.plus(reference).plus(evaluation.scaled(passes)).plus(whole.scaled(probe.steps_planned))
+    once = ready.plus(reference).plus(asking).plus(evaluation.scaled(passes))
+    total = once.plus(whole.scaled(probe.steps_planned))
     events.write(
         "probe",
         longest_tokens=probe.longest_tokens,
@@ -296,6 +316,7 @@ def measure_steps(
         reference_seconds=reference.seconds,
         evaluation_seconds=evaluation.seconds,
         evaluations=passes,
+        asking_seconds=asking.seconds,
         seconds_per_step=whole.seconds,
         seconds=total.seconds,
         cpu_seconds_per_step=whole.cpu_seconds,
@@ -303,15 +324,39 @@ def measure_steps(
     )
 
 
+def _asking(probe: Probe, evaluator: Evaluator, watch: _Watch) -> Times:
+    """Return what scoring rows and answering questions takes, before and after the training together.
+
+    Rows are scored once before, and twice after: with their own questions and with others'.
+    """
+    evaluator.score()
+    scored = watch.lap().scaled(3 * probe.scored_tokens / max(probe.heldout_taken, 1))
+    if not evaluator.batches:
+        return scored
+    evaluator.answer(FEW_ANSWERED)
+    few = watch.lap()
+    evaluator.answer(MORE_ANSWERED)
+    token = watch.lap().plus(few.scaled(-1)).scaled(1 / (MORE_ANSWERED - FEW_ANSWERED))
+    batch = few.plus(token.scaled(ANSWER_TOKENS - FEW_ANSWERED))
+    batches = min(evaluator.batches, max(1, math.ceil(MOST_SECONDS / max(batch.seconds, 1e-9))))
+    return scored.plus(batch.scaled(2 * batches))
+
+
+def _reference(probe: Probe, trainer: Any, settings: Settings, watch: _Watch) -> Times:
+    """Return what the reference's log-probabilities of all rows take, by the typical batches."""
+    laps = []
+    for number, batch in enumerate(trainer.get_train_dataloader()):
+        if number < accumulated(settings):  # the longest rows
+            continue
+        watch.lap()
+        trainer.compute_ref_log_probs(trainer.model, batch)
+        laps.append(watch.lap())
+    return mean_of(laps).scaled(probe.share_of(len(laps)) * probe.batches)
+
+
 def _whole(probe: Probe, watch: _Stopwatch, settings: Settings) -> Times:
     """Return what a mean step of the recipe takes; the first of a process warms up and does not count."""
     micro, rest = watch.micro[1:] or watch.micro, watch.rest[1:] or watch.rest
     times = settings.effective_batch // settings.micro_batch / accumulated(settings)
-    computed, other = (
-        Times(
-            seconds=sum(one.seconds for one in laps) / len(laps),
-            cpu_seconds=sum(one.cpu_seconds for one in laps) / len(laps),
-        )
-        for laps in (micro, rest)
-    )
+    computed, other = mean_of(micro), mean_of(rest)
     return computed.scaled(times * probe.share_of(len(micro) * accumulated(settings))).plus(other)

@@ -144,7 +144,10 @@ def carry_out(
         **peak_memory(),
     )
     if session.probe is not None:
-        probing.measure_steps(session.probe, trainer, session.recipe, settings, events, measure=measure)
+        alone = asking if processes(session.recipe) == 1 else None
+        probing.measure_steps(
+            session.probe, trainer, session.recipe, settings, events, measure=measure, evaluator=alone
+        )
         return DONE
     begin = checkpoints.newest(CHECKPOINTS, fit_of(session))
     for name, reason in begin.rejected.items():

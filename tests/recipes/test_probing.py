@@ -16,6 +16,8 @@ datasets = pytest.importorskip("datasets")
 
 from test_objectives import judged, marked  # noqa: E402 - after the check
 
+from advisor.knowledge import load  # noqa: E402 - after the check
+from advisor.train import evaluation  # noqa: E402 - after the check
 from advisor.train.probing import Order, Probe, typical  # noqa: E402 - after the check
 from advisor.train.settings import Settings  # noqa: E402 - after the check
 
@@ -58,6 +60,16 @@ def test_typical_batches_spread_evenly_and_balance_each_other() -> None:
     assert all(abs(ranks[n] + ranks[n + 1] - 99) <= 1 for n in range(0, 8, 2))
 
 
+def test_the_estimate_knows_what_is_asked() -> None:
+    """The rules that the time estimate reads say what the evaluation does."""
+    asked = load().rules["time"]["asked"]
+    assert (asked["rows"], asked["together"]) == (evaluation.MOST_ROWS, evaluation.TOGETHER)
+    assert (asked["answer_tokens"], asked["most_seconds"]) == (
+        evaluation.ANSWER_TOKENS,
+        evaluation.MOST_SECONDS,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", list(DATA))
 def test_every_objective_can_be_tried(
@@ -69,7 +81,7 @@ def test_every_objective_can_be_tried(
     data = write_rows(tmp_path / "data.jsonl", content())
     folder = make_run(
         tmp_path / "run", tuner="lora", model=tiny_model, data=data, kind=kind, objective=objective,
-        weight_bits=32,
+        weight_bits=32, evaluate=True,
     )  # fmt: skip
     assert run_here(folder) == 0, events_of(folder, "error")
     (told,) = events_of(folder, "probe")
@@ -77,9 +89,11 @@ def test_every_objective_can_be_tried(
     assert told["measured_peak_bytes"] > 2**28
     assert 0 < told["seconds_per_step"] < 10
     assert (told["reference_seconds"] > 0) is (objective in ("dpo", "kto"))
+    assert (told["asking_seconds"] > 0) is (objective != "reward")
     parts = (
-        told["ready_seconds"] + told["reference_seconds"] + told["evaluations"] * told["evaluation_seconds"]
-    )
+        told["ready_seconds"] + told["reference_seconds"] + told["asking_seconds"]
+        + told["evaluations"] * told["evaluation_seconds"]
+    )  # fmt: skip
     assert told["seconds"] == pytest.approx(parts + told["steps_planned"] * told["seconds_per_step"])
     assert not [path.name for path in folder.iterdir() if path.name in ("adapter", "model")]
     assert not list(folder.glob("checkpoints/checkpoint-*"))

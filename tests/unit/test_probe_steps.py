@@ -41,8 +41,8 @@ KNOWLEDGE = load()
 MACHINE = Hardware(ram_bytes=16 * GIB, ram_free_bytes=10 * GIB, cpu_cores=4, cpu_name="a processor")
 TOLD = {
     "seconds": 100.0, "seconds_per_step": 1.0, "cpu_seconds": 90.0, "cpu_seconds_per_step": 0.9,
-    "ready_seconds": 10.0, "reference_seconds": 0.0, "evaluation_seconds": 2.0, "steps_planned": 86,
-    "steps_measured": 5, "longest_tokens": 512,
+    "ready_seconds": 10.0, "reference_seconds": 0.0, "evaluation_seconds": 2.0, "asking_seconds": 3.0,
+    "steps_planned": 86, "steps_measured": 5, "longest_tokens": 512,
 }  # fmt: skip
 
 

@@ -188,6 +188,26 @@ def test_instruction_sets_and_cores_speed_a_processor_up() -> None:
     assert 1 < one.seconds.expected / plain.seconds.expected < 4
 
 
+def test_what_is_done_beside_the_steps_takes_time() -> None:
+    """KTO scores mismatched answers in each step and its reference before; a model that answers is asked
+    questions, a reward model is not; rows that are only scored are padded even where training packs."""
+    sft, kto, reward = (
+        seconds(settings=MemorySettings(objective=name, loss="chunked")) for name in ("sft", "kto", "reward")
+    )
+    assert kto.seconds_per_step.expected > 1.2 * sft.seconds_per_step.expected
+    assert kto.seconds.expected > sft.seconds.expected * 1.2
+    no_steps = reward.seconds.expected - reward.steps * reward.seconds_per_step.expected
+    asked = sft.seconds.expected - sft.steps * sft.seconds_per_step.expected
+    assert asked > no_steps + 1
+    scored = {"heldout_rows": 100, "evaluations": 5, "max_steps": 1}
+    packed, padded = (
+        seconds(settings=MemorySettings(packed=one), **scored).seconds.expected
+        - seconds(settings=MemorySettings(packed=one), **{**scored, "heldout_rows": 0}).seconds.expected
+        for one in (True, False)
+    )
+    assert packed == pytest.approx(padded)
+
+
 def test_generated_answers_take_time() -> None:
     """Online reinforcement generates before it learns, and the notes say how uncertain that is."""
     short, long = (
