@@ -711,6 +711,8 @@ class Asked(Record, frozen=True, kw_only=True):
     """Whether the model ended its answer by itself."""
     right: bool | None = None
     """None: there is nothing to check it by."""
+    exact: bool | None = None
+    """Whether it says word for word what the data say; None for short answers, which are right or wrong."""
     reference: str | None = None
     skill: str = ""
 
@@ -816,6 +818,8 @@ class RunReport(Record, frozen=True, kw_only=True):
     artefacts: dict[str, str]
     """name -> path relative to the run folder: adapter, model, checkpoint."""
     decisions: tuple[str, ...] = ()
+    evaluation_seconds: float | None = None
+    """Of asking before and after, which is part of `seconds`; None where nothing was asked."""
     evaluation: Evaluation | None = None
     """Before and after, with a verdict; None where nothing was measured."""
     packages: dict[str, str] = {}

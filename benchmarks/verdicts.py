@@ -98,12 +98,16 @@ CASES = {
         "brand voice, rate 1e-7: weights move, nothing is learned", ("no_different",), voice,
         {"learning_rate": 1e-7, "max_steps": 10}, seeds=5,
     ),
+    "floor": Case(
+        "brand voice, 10 steps at 3e-6: learned, but less than counts", ("no_different",), voice,
+        {"learning_rate": 3e-6, "max_steps": 10}, seeds=1,
+    ),
     **{
-        f"steps-{steps}": Case(
-            f"brand voice, the first {steps} steps of the plan's rate", ("better",), voice,
-            {"max_steps": steps, "warmup_ratio": 0.0}, seeds=1,
+        f"rate-{rate:g}": Case(
+            f"brand voice, 10 steps at {rate:g}: a small true gain", ("better",), voice,
+            {"learning_rate": rate, "max_steps": 10}, seeds=1,
         )
-        for steps in (1, 2, 4, 8, 16)
+        for rate in (1e-5, 2e-5, 5e-5, 1e-4)
     },
 }  # fmt: skip
 

@@ -159,6 +159,8 @@ def _best(files: tuple[ExportedFile, ...], proofs: dict[str, Verification], plan
 def comparisons_of(report: RunReport) -> tuple[Comparison, ...]:
     """Return what was predicted beside what was measured."""
     done = report.status == "done"
+    asking = report.evaluation_seconds
+    share = f", {asking / report.seconds:.0%} of the time" if asking and report.seconds else ""
     return (
         Comparison(
             name="Memory at the peak",
@@ -173,6 +175,11 @@ def comparisons_of(report: RunReport) -> tuple[Comparison, ...]:
             first_steps=_maybe(report.probed_seconds, format_seconds),
             measured=format_seconds(report.seconds),
             agrees=_agrees(report.predicted_seconds, report.seconds) if done else "",
+        ),
+        *(
+            [Comparison(name="Of it, asking before and after", measured=f"{format_seconds(asking)}{share}")]
+            if asking is not None
+            else []
         ),
     )
 

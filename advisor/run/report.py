@@ -49,6 +49,7 @@ def build_report(
     steps = [event for event in seen if event["event"] == "step"]
     last: dict[str, Any] = steps[-1] if steps else {}
     losses = {int(event["step"]): event.get("loss") for event in steps}
+    asking = {event.get("when"): float(event["seconds"]) for event in seen if event["event"] == "evaluation"}
     heldout = {event.get("when"): event.get("loss") for event in seen if event["event"] == "heldout"}
     peaks = [int(event["memory_bytes"]) for event in seen if event.get("memory_bytes")]
     probes = [event for event in seen if event["event"] == "probe"]
@@ -85,6 +86,7 @@ def build_report(
         artefacts=artefacts,
         decisions=tuple(str(event["message"]) for event in seen if event["event"] == "decision"),
         packages=packages,
+        evaluation_seconds=round(sum(asking.values()), 2) if asking else None,
         evaluation=evaluation,
         error=error.message if error else None,
         remedy=error.remedy if error else None,

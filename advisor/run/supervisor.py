@@ -18,6 +18,7 @@ from advisor.knowledge import load
 from advisor.probe.calibration import remember
 from advisor.probe.software import installed_packages
 from advisor.run.attempts import Attempt, derive, newest_attempt
+from advisor.run.changes import trainer_figures
 from advisor.run.checks import check_data, check_disk, drift, fetch_model
 from advisor.run.events import EventReader, EventWriter, read_events
 from advisor.run.follow import Ask, Follower, OnEvent, begin
@@ -239,7 +240,7 @@ def _report(job: Job, *, status: Status, error: AdvisorError | None) -> RunRepor
         artefacts=artefacts,
         packages=installed_packages(),
         error=error,
-        evaluation=_evaluation(folder, figures_of_both(events)),
+        evaluation=_evaluation(job, figures_of_both(events)),
         earlier_stages=tuple(
             outcome(place.parent.name, read_record(place, RunReport))
             for place in sorted(folder.glob(f"stages/*/{REPORT}"))
@@ -247,10 +248,14 @@ def _report(job: Job, *, status: Status, error: AdvisorError | None) -> RunRepor
     )
 
 
-def _evaluation(folder: Path, figures: dict[str, dict[str, float]]) -> Evaluation | None:
-    """Return what the stage in this folder changed; None where it was not measured at both times."""
-    files = [folder / name for name in EVALUATIONS]
-    if not all(file.is_file() for file in files):
+def _evaluation(job: Job, figures: dict[str, dict[str, float]]) -> Evaluation | None:
+    """Return what a stage changed; None where it was not to be measured, or nothing was at both times."""
+    folder, rules = Path(job.folder), load().rules["evaluation"]
+    if job.recipe.settings.get("evaluate") is False:
         return None
-    before, after = (read_record(file, Measured) for file in files)
-    return judge(before, after, figures, load().rules["evaluation"])
+    found = [read_record(folder / name, Measured) for name in EVALUATIONS if (folder / name).is_file()]
+    if len(found) < len(EVALUATIONS):
+        return judge(Measured(), Measured(), figures, rules) if trainer_figures(figures) else None
+    first = next(iter(sorted(folder.glob(f"stages/*/{EVALUATIONS[0]}"))), None)
+    start = read_record(first, Measured) if first else None
+    return judge(found[0], found[1], figures, rules, start=start)

@@ -153,5 +153,6 @@ def class_figures(
         "loss": float(functional.cross_entropy(scores, wanted)),
         "accuracy": float(right.float().mean()),
         "accuracy_by_class": sum(each) / len(each),
+        "texts": len(rows),
         "most_frequent_class": max(Counter(wanted.tolist()).values()) / len(rows),
     }

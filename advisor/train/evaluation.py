@@ -36,7 +36,7 @@ TOGETHER = 64
 MOST_SECONDS = 60.0
 """Of asking, at each of the two times; on a slow machine fewer questions are asked."""
 SHORT_ANSWER = 40
-"""Characters. An answer up to here, or a number, can be compared as a whole."""
+"""Characters. An answer up to here can be compared as a whole, or by its number."""
 
 
 class Evaluator:
@@ -191,8 +191,8 @@ class Evaluator:
             answer = self._tokenizer.decode(own, skip_special_tokens=True).strip()
             yield Asked(
                 prompt=question["messages"][-1]["content"], answer=answer, tokens=len(own), ended=ended,
-                right=_right(answer, question), reference=question.get("reference"),
-                skill=question.get("skill", ""),
+                right=_right(answer, question), exact=_exact(answer, question),
+                reference=question.get("reference"), skill=question.get("skill", ""),
             )  # fmt: skip
 
 
@@ -236,7 +236,9 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = []
-    for line in path.read_bytes().splitlines()[:MOST_SAMPLES]:
+    lines = path.read_bytes().splitlines()
+    # Spread over the file, in which one dataset follows the other.
+    for line in lines[:: math.ceil(len(lines) / MOST_SAMPLES) or 1]:
         said = orjson.loads(line)
         messages = said["messages"]
         if said.get("tools") or len(messages) < 2 or messages[-1].get("role") != "assistant":
@@ -249,8 +251,24 @@ def _right(answer: str, question: dict[str, Any]) -> bool | None:
     """Tell whether an answer is right, where it can be told: an accepted text, a label, a number."""
     if "expect" in question:
         return any(word.casefold() in answer.casefold() for word in question["expect"])
-    reference = str(question.get("reference", "")).strip()
+    reference = _reference(question)
+    if not reference or len(reference) > SHORT_ANSWER:
+        return None
     numbers = re.findall(r"-?\d+(?:\.\d+)?", reference)
-    if numbers and len(reference) <= SHORT_ANSWER:
+    if numbers:
         return re.findall(r"-?\d+(?:\.\d+)?", answer)[-1:] == numbers[-1:]
-    return answer.casefold().strip(" .") == reference.casefold().strip(" .") if reference else None
+    return _same(answer, reference)
+
+
+def _exact(answer: str, question: dict[str, Any]) -> bool | None:
+    """Tell whether a long answer is the one of the data, word for word; another one may be as good."""
+    reference = _reference(question)
+    return _same(answer, reference) if len(reference) > SHORT_ANSWER else None
+
+
+def _reference(question: dict[str, Any]) -> str:
+    return str(question.get("reference", "")).strip()
+
+
+def _same(answer: str, reference: str) -> bool:
+    return answer.casefold().strip(" .") == reference.casefold().strip(" .")

@@ -259,6 +259,8 @@ def report(made: RunReport) -> RenderableType:
         )
     if made.tokens_per_second is not None:
         rows.append(("Speed, measured", _speed(made)))
+    if made.evaluation_seconds is not None:
+        rows.append(("Before and after", f"{format_seconds(made.evaluation_seconds)} of the time"))
     if made.measured_peak_bytes is not None:
         rows.append(("Memory, measured", _peak(made)))
     rows += [("Result", f"{name}: {path}") for name, path in made.artefacts.items()]

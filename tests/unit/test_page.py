@@ -106,6 +106,8 @@ def tell(events: EventWriter) -> None:
     sample = [{"text": "Tea?\n", "trained": False}, {"text": f"Yes. {LONG}", "trained": True}]
     events.write("data", rows=180, heldout_rows=20, left_out={"too_long": 2}, sample=sample)
     events.write("heldout", when="before", step=0, loss=5.0, accuracy=0.0)
+    for when in ("before", "after"):
+        events.write("evaluation", when=when, rows=12, seconds=3.05)
     for step in range(1, 31):
         events.write("step", step=step, total=30, loss=5 / step, margin=step / 30, memory_bytes=2**31)
         if step % 10 == 0:
@@ -204,7 +206,7 @@ def test_the_page_tells_the_whole_run(folders: dict[str, Path]) -> None:
         "our tone", "Ollama on my laptop", "seed 42", "seed 43", "torch 2.15.0", "Memory ran out at step 3",
         "SFT with lora", "DPO with lora", "Held out: 5 at step 0, 0.1833 at step 30", "better", "rejected",
         "outside the band", "too long", ARABIC, "ftadvisor chat export/tea-Q8_0.gguf", "FAILED, do not use",
-        "(recommended)", "Good to know.", "Reward margin",
+        "(recommended)", "Good to know.", "Reward margin", "10% of the time",
     ):  # fmt: skip
         assert told in page, told
     assert "<script" not in page

@@ -38,7 +38,7 @@ from advisor.run.page import write_page
 from advisor.run.policy import Action
 from advisor.run.supervisor import run_plan
 from advisor.storage import read_record, write_json
-from advisor.types import Recipe, RunReport
+from advisor.types import Asked, Measured, Recipe, RunReport
 from cases import A100, plan
 from cases import rows as planned_rows
 from training import make_run, rows, run, write_rows
@@ -111,6 +111,44 @@ def test_a_run_reports_what_its_events_say(stage: Stage) -> None:
     assert seen[0]["event"] == "start"
     assert seen[-1]["event"] == "end"
     assert seen == list(read_events(folder / "events.jsonl"))
+
+
+def test_a_program_that_asks_nothing_is_judged_by_its_own_figures(stage: Stage) -> None:
+    """A head that picks classes has no answers to compare; how many texts it classes right is its verdict."""
+    make_run(stage.folder, tuner="full", model=stage.place, data=stage.data, evaluate=True)
+    folder = stage.program(
+        """
+        events.write("heldout", when="before", loss=1.1, accuracy=0.2)
+        step(1)
+        events.write("heldout", when="after", loss=0.1, accuracy=0.9, texts=40, most_frequent_class=0.3)
+        """
+    )
+    evaluation = run(folder).evaluation
+    assert evaluation is not None
+    assert evaluation.verdict == "better"
+    assert evaluation.evidence[0].startswith("Held-out texts classed right: 30% before, 90% after")
+
+
+def test_what_an_earlier_stage_forgot_is_not_forgiven(stage: Stage) -> None:
+    """The general questions of a later stage are compared with the model before the first one."""
+    make_run(stage.folder, tuner="full", model=stage.place, data=stage.data, evaluate=True)
+    known, lost = (
+        Measured(probes=tuple(
+            Asked(prompt=f"{n}?", answer=str(right), tokens=1, ended=True, right=right) for n in range(20)
+        ))
+        for right in (True, False)
+    )  # fmt: skip
+    folder = stage.program("events.write('evaluation', when='before', rows=0, seconds=1.5); step(1)")
+    for place, found in (("stages/1-sft/evaluation-before.json", known), ("evaluation-before.json", lost)):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        write_json(folder / place, found)
+    write_json(folder / "evaluation-after.json", lost)
+    report = run(folder)
+    assert report.evaluation_seconds == 1.5
+    assert report.evaluation is not None
+    assert any(
+        "since before the first stage: 100% before, 0% after" in one for one in report.evaluation.evidence
+    )
 
 
 def test_the_program_has_no_network_and_a_group_of_its_own(stage: Stage) -> None:

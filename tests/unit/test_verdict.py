@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
+import msgspec
 import pytest
 
 from advisor.knowledge import load
-from advisor.run.verdict import bootstrap, judge, repetition
+from advisor.run.changes import bootstrap, paired, repetition
+from advisor.run.verdict import judge
 from advisor.types import Asked, Evaluation, Measured, RowLoss
 
 RULES = load().rules["evaluation"]
@@ -57,6 +60,7 @@ BEFORE = measured()
         (measured(loss=1.99, gain=0.5, seed=1, noise=0.5), "no_different"),
         (measured(loss=1.5, gain=0.5, seed=1, right=KNOWN // 2), "forgot"),
         (measured(loss=1.5, gain=0.0, seed=1, right=KNOWN // 2), "worse"),
+        (measured(loss=1.5, gain=0.06, seed=1, noise=0.001, right=KNOWN // 2), "worse"),
         (measured(loss=1.5, right=KNOWN // 2, seed=1), "forgot"),
         (BEFORE, "no_different"),
     ],
@@ -85,15 +89,58 @@ def test_too_few_rows_allow_no_verdict() -> None:
 def test_each_dataset_has_its_figure() -> None:
     """Several tasks are told one by one, skills where they changed."""
     names = [change.name for change in verdict(BEFORE, measured(loss=1.5, seed=1, right=20)).changes]
-    assert {"held-out loss", "held-out loss of d0", "held-out loss of d1", "colours right"} <= set(names)
+    assert {"held-out loss", "held-out loss of d0", "held-out loss of d1"} <= set(names)
+    assert "general questions, colours, right" in names
+
+
+def test_perplexity_is_told_with_its_interval() -> None:
+    """It is the exponential of the loss, and its interval is of the difference of perplexities."""
+    found = {change.name: change for change in verdict(BEFORE, measured(loss=1.5, seed=1)).changes}
+    loss, perplexity = found["held-out loss"], found["held-out perplexity"]
+    assert perplexity.before == pytest.approx(math.exp(loss.before))
+    assert perplexity.low is not None
+    assert perplexity.high is not None
+    assert perplexity.low < perplexity.after - perplexity.before < perplexity.high < 0
+    assert "held-out perplexity" not in {one.name for one in verdict(measured(loss=30), measured()).changes}
+
+
+def test_a_later_stage_answers_for_what_an_earlier_one_forgot() -> None:
+    """The general questions are compared with the model before the first stage, the rest with this stage."""
+    spoilt = measured(right=10, seed=1)
+    after = measured(loss=1.0, right=10, seed=2)
+    assert verdict(spoilt, after).verdict == "better"
+    found = judge(spoilt, after, {}, RULES, start=BEFORE)
+    assert found.verdict == "forgot"
+    assert any("since before the first stage: 100% before, 25% after" in text for text in found.evidence)
+
+
+def test_checked_answers_and_copied_ones_are_told_apart() -> None:
+    """Right is what could be checked; a long answer can only be the one of the data or another."""
+    short = Asked(prompt="2+2?", answer="4", tokens=1, ended=True, right=True)
+    long = Asked(prompt="Why?", answer="So.", tokens=2, ended=True, exact=False)
+    wrong, copied = msgspec.structs.replace(short, right=False), msgspec.structs.replace(long, exact=True)
+    before, after = (Measured(samples=samples) for samples in ((wrong, long), (short, copied)))
+    found = {change.name: change.after for change in verdict(before, after).changes}
+    assert found["held-out questions answered right"] == 1
+    assert found["share of held-out answers word for word as in the data"] == 1
+
+
+def test_a_question_that_is_asked_twice_is_paired_in_order() -> None:
+    """The last message of two conversations may be the same; each answer is compared with its own."""
+    asked = [Asked(prompt="Yes.", answer=text, tokens=1, ended=True) for text in ("a", "b")]
+    assert [(one.answer, two.answer) for one, two in paired(asked, asked)] == [("a", "a"), ("b", "b")]
+    assert len(paired(asked, asked[:1])) == 1
 
 
 @pytest.mark.parametrize(
     ("then", "now", "expected"),
     [
-        ({}, {"accuracy": 0.9, "pairs": 40}, "better"),
-        ({}, {"accuracy": 0.1, "pairs": 40}, "worse"),
-        ({}, {"accuracy": 0.6, "pairs": 10}, "no_different"),
+        ({}, {"accuracy": 0.9, "pairs": 40, "preferred": 0.5}, "better"),
+        ({}, {"accuracy": 0.1, "pairs": 40, "preferred": 0.5}, "worse"),
+        ({}, {"accuracy": 0.6, "pairs": 10, "preferred": 0.5}, "no_different"),
+        ({"accuracy": 0.4}, {"accuracy": 0.9, "pairs": 40}, "better"),
+        ({"accuracy": 0.2}, {"accuracy": 0.9, "texts": 40, "most_frequent_class": 0.3}, "better"),
+        ({"accuracy": 0.2}, {"accuracy": 0.9, "texts": 40, "most_frequent_class": 0.9}, "no_different"),
         ({}, {"margin": 1.0, "margin_error": 0.1}, "better"),
         ({}, {"margin": 0.1, "margin_error": 0.1}, "no_different"),
         ({"reward": 0.2, "reward_error": 0.02}, {"reward": 0.5, "reward_error": 0.02}, "better"),
@@ -103,7 +150,7 @@ def test_each_dataset_has_its_figure() -> None:
 def test_pairs_marks_and_rewards_are_judged_by_their_own_figures(
     then: dict[str, float], now: dict[str, float], expected: str
 ) -> None:
-    """The share of pairs, the margin of marks, the reward, each with its uncertainty."""
+    """The share of pairs or classes, the margin of marks, the reward, each with its uncertainty."""
     before, after = (measured(rows=0, answer=text) for text in ("one", "two"))
     assert verdict(before, after, {"before": then, "after": now}).verdict == expected
 
@@ -121,7 +168,11 @@ def test_bad_manners_are_said() -> None:
 def test_the_interval_holds_the_mean_and_is_always_the_same() -> None:
     """The bootstrap is drawn from a fixed seed, and weighs rows by their tokens."""
     rows = [(10, -1.0)] * 20 + [(1000, -500.0)] * 20
-    low, high = bootstrap(rows, RULES["loss"])
+
+    def mean(drawn: tuple[float, ...]) -> float:
+        return drawn[1] / drawn[0]
+
+    low, high = bootstrap(rows, mean, RULES["loss"])
     assert low <= sum(d for _, d in rows) / sum(n for n, _ in rows) <= high
-    assert (low, high) == bootstrap(rows, RULES["loss"])
-    assert bootstrap([(10, 2.0)] * 9, RULES["loss"]) == (0.2, 0.2)
+    assert (low, high) == bootstrap(rows, mean, RULES["loss"])
+    assert bootstrap([(10, 2.0)] * 9, mean, RULES["loss"]) == (0.2, 0.2)
