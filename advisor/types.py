@@ -661,6 +661,10 @@ class StepProbe(Record, frozen=True, kw_only=True):
     predicted_seconds: Band | None = None
     seconds: float | None = None
     """Of the whole training, worked out of the steps that were measured; saving is not counted."""
+    whole_peak_bytes: Band | None = None
+    """Of the whole training, by what was measured: a narrower band than the plan's."""
+    whole_seconds: Band | None = None
+    """The same for its time."""
     seconds_per_step: float | None = None
     cpu_seconds: float | None = None
     cpu_seconds_per_step: float | None = None
@@ -770,9 +774,11 @@ class StageOutcome(Record, frozen=True, kw_only=True):
     seconds: float
     predicted_seconds: Band | None
     probed_seconds: float | None
+    whole_seconds: Band | None = None
     predicted_peak_bytes: Band | None
     measured_peak_bytes: int | None
     probed_peak_bytes: int | None
+    whole_peak_bytes: Band | None = None
     predicted_tokens_per_second: Band | None
     tokens_per_second: float | None
 
@@ -793,10 +799,14 @@ class RunReport(Record, frozen=True, kw_only=True):
     """Of the whole run, by the plan."""
     probed_seconds: float | None = None
     """Of the whole run, by the steps that were measured before it."""
+    whole_seconds: Band | None = None
+    """The band of the same."""
     predicted_peak_bytes: Band | None
     measured_peak_bytes: int | None
     probed_peak_bytes: int | None = None
     """At the longest rows, measured before the first step."""
+    whole_peak_bytes: Band | None = None
+    """Of the whole run, by the same steps: narrower than what was predicted."""
     predicted_tokens_per_second: Band | None = None
     tokens_per_second: float | None
     """Of the steps, padding not counted."""

@@ -165,14 +165,14 @@ def comparisons_of(report: RunReport) -> tuple[Comparison, ...]:
         Comparison(
             name="Memory at the peak",
             predicted=_band(report.predicted_peak_bytes, format_bytes),
-            first_steps=_maybe(report.probed_peak_bytes, format_bytes),
+            first_steps=_band(report.whole_peak_bytes, format_bytes),
             measured=_maybe(report.measured_peak_bytes, format_bytes),
             agrees=_agrees(report.predicted_peak_bytes, report.measured_peak_bytes),
         ),
         Comparison(
             name="Time" if done else "Time, as far as it went",
             predicted=_band(report.predicted_seconds, format_seconds),
-            first_steps=_maybe(report.probed_seconds, format_seconds),
+            first_steps=_band(report.whole_seconds, format_seconds),
             measured=format_seconds(report.seconds),
             agrees=_agrees(report.predicted_seconds, report.seconds) if done else "",
         ),

@@ -34,7 +34,7 @@ from advisor.run.signs import RunState
 from advisor.run.stages import EVENTS, Job
 from advisor.run.thresholds import Thresholds, thresholds_of
 from advisor.storage import encode_yaml, write_atomic
-from advisor.types import Hardware, Recipe, StageEstimate, StepProbe, Value
+from advisor.types import Band, Hardware, Recipe, StageEstimate, StepProbe, Value
 from advisor.units import format_bytes
 
 ORDER = "FTADVISOR_PROBE"
@@ -241,13 +241,25 @@ def judge(
     told, device = events["probe"], str(events["model"]["device"])
     context = 0 if device == "cpu" else knowledge.rules["memory"]["device"]["cuda"]["context_bytes"]
     peak = int(told["measured_peak_bytes"]) + context
-    fits = peak * knowledge.rules["probe"]["fits"]["margin"] <= free
+    factors = knowledge.rules["probe"]["after_steps"][device.partition(":")[0]]
+    later = estimate.parts.get("kernels", 0) if estimate and device == "cpu" else 0
+    memory = _around(peak + later, factors["memory"])
+    fits = memory.high <= free
     measured = {name: told[name] for name in MEASURED}
-    reason = f"at its longest rows it took {format_bytes(peak)}; {format_bytes(free)} are free"
+    reason = (
+        f"at its longest rows it took {format_bytes(peak)}, so the whole takes up to "
+        f"{format_bytes(memory.high)}; {format_bytes(free)} are free"
+    )
     return msgspec.structs.replace(
-        found, **measured, measured_peak_bytes=peak, fits=fits, reason="" if fits else reason,
-        smaller={} if fits else smaller(job.recipe, knowledge),
+        found, **measured, measured_peak_bytes=peak, whole_peak_bytes=memory,
+        whole_seconds=_around(float(told["seconds"]), factors["seconds"]), fits=fits,
+        reason="" if fits else reason, smaller={} if fits else smaller(job.recipe, knowledge),
     )  # fmt: skip
+
+
+def _around(expected: float, factors: Mapping[str, float]) -> Band:
+    """Return the band of the whole training around what its first steps say."""
+    return Band(low=expected * factors["low"], expected=expected, high=expected * factors["high"])
 
 
 def smaller(recipe: Recipe, knowledge: Knowledge) -> dict[str, Value]:

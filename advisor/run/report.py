@@ -10,7 +10,16 @@ from typing import Any, Literal
 
 from advisor.errors import AdvisorError
 from advisor.run.thresholds import ForgettingRules
-from advisor.types import Evaluation, Recipe, RecipeDataset, Record, RunReport, StageEstimate, StageOutcome
+from advisor.types import (
+    Band,
+    Evaluation,
+    Recipe,
+    RecipeDataset,
+    Record,
+    RunReport,
+    StageEstimate,
+    StageOutcome,
+)
 
 Status = Literal["done", "failed", "interrupted", "refused"]
 
@@ -68,9 +77,11 @@ def build_report(
         seconds=sum(float(event["seconds"]) for event in seen if event["event"] == "end"),
         predicted_seconds=estimate.seconds if estimate else None,
         probed_seconds=probe.get("seconds"),
+        whole_seconds=_band(probe.get("whole_seconds")),
         predicted_peak_bytes=estimate.peak_bytes if estimate else None,
         measured_peak_bytes=max(peaks, default=None),
         probed_peak_bytes=probe.get("measured_peak_bytes"),
+        whole_peak_bytes=_band(probe.get("whole_peak_bytes")),
         predicted_tokens_per_second=estimate.tokens_per_second if estimate else None,
         tokens_per_second=last.get("tokens_per_second"),
         earlier_stages=earlier_stages,
@@ -159,6 +170,10 @@ def _figures(events: list[dict[str, Any]], when: str) -> dict[str, float]:
     rest = ("time", "stage", "event", "when", "step")
     last = found[-1].items() if found else ()
     return {name: float(value) for name, value in last if name not in rest and value is not None}
+
+
+def _band(value: dict[str, float] | None) -> Band | None:
+    return None if value is None else Band(**value)
 
 
 def _latest(events: list[dict[str, Any]], name: str, field: str) -> int | None:

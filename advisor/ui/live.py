@@ -190,7 +190,11 @@ def _probe(event: dict[str, Any]) -> str:
     if predicted := event.get("predicted_peak_bytes"):
         words[0] += f" (at most {format_bytes(round(predicted['high']))} predicted)"
     words.append(f"{format_seconds(event['seconds_per_step'])} a step")
-    return f"Measured: {', '.join(words)}; the whole takes about {format_seconds(event['seconds'])}."
+    said = [f"Measured: {', '.join(words)}; the whole takes about {format_seconds(event['seconds'])}"]
+    if (memory := event.get("whole_peak_bytes")) and (seconds := event.get("whole_seconds")):
+        said.append(f" ({format_seconds(seconds['low'])} to {format_seconds(seconds['high'])})")
+        said.append(f" and at most {format_bytes(round(memory['high']))}")
+    return f"{''.join(said)}."
 
 
 def _data(event: dict[str, Any]) -> str:

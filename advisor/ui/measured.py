@@ -26,16 +26,22 @@ def step_probe(found: StepProbe) -> RenderableType:
         )
         longest = f"{format_bytes(found.measured_peak_bytes)} at {found.longest_tokens:,} tokens{predicted}"
         rows.append(("Memory, measured", longest))
+    if found.whole_peak_bytes is not None:
+        rows.append(("Memory, the whole", f"{band_of_bytes(found.whole_peak_bytes)}, by these steps"))
     if found.seconds is not None and found.seconds_per_step is not None:
         predicted = (
             f", predicted {band_of_seconds(found.predicted_seconds)}" if found.predicted_seconds else ""
         )
         rows += [
             ("A step, measured", f"{format_seconds(found.seconds_per_step)}, the mean of the typical ones"),
-            ("The whole", f"{format_seconds(found.seconds)} for {found.steps_planned:,} steps{predicted}"),
+            ("Time, the whole", f"{_whole_seconds(found)} for {found.steps_planned:,} steps{predicted}"),
         ]
     rows += [("Try instead", f"--set {name}={value}") for name, value in found.smaller.items()]
     return Group(Rule(f"Real steps: {found.stage}", align="left", style="quiet"), pairs(rows))
+
+
+def _whole_seconds(found: StepProbe) -> str:
+    return band_of_seconds(found.whole_seconds) if found.whole_seconds else format_seconds(found.seconds or 0)
 
 
 VERDICTS = {

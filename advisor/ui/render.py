@@ -283,7 +283,7 @@ def _outcome(made: StageOutcome) -> str:
 
 def _predicted_seconds(made: RunReport | StageOutcome) -> str:
     said = f", predicted {band_of_seconds(made.predicted_seconds)}" if made.predicted_seconds else ""
-    probed = f", by the first steps {format_seconds(made.probed_seconds)}" if made.probed_seconds else ""
+    probed = f", by the first steps {band_of_seconds(made.whole_seconds)}" if made.whole_seconds else ""
     return said + probed
 
 
@@ -295,7 +295,7 @@ def _speed(made: RunReport | StageOutcome) -> str:
 
 def _peak(made: RunReport | StageOutcome) -> str:
     said = f", predicted {band_of_bytes(made.predicted_peak_bytes)}" if made.predicted_peak_bytes else ""
-    probed = f", at the longest rows {format_bytes(made.probed_peak_bytes)}" if made.probed_peak_bytes else ""
+    probed = f", by the first steps {band_of_bytes(made.whole_peak_bytes)}" if made.whole_peak_bytes else ""
     return f"{format_bytes(made.measured_peak_bytes or 0)}{said}{probed}"
 
 

@@ -115,6 +115,7 @@ def test_the_command_tries_a_recipe_and_leaves_its_folder_as_it_was(
     assert answer.returncode == 0, answer.stdout + answer.stderr
     (steps,) = json.loads(answer.stdout)["steps"]
     assert steps["fits"]
-    assert steps["measured_peak_bytes"] < steps["available_bytes"]
+    assert steps["measured_peak_bytes"] < steps["whole_peak_bytes"]["high"] < steps["available_bytes"]
+    assert steps["whole_seconds"]["low"] < steps["seconds"] < steps["whole_seconds"]["high"]
     assert sorted(path.name for path in folder.rglob("*")) == before
     assert "tiny" in (tmp_path / "calibration.jsonl").read_text()

@@ -20,7 +20,8 @@ from advisor.run import probe_steps
 from advisor.run.attempts import newest_attempt
 from advisor.run.events import EventWriter
 from advisor.run.ladder import Trainee
-from advisor.run.probe_steps import anchored, judge, probe_first, worth_it
+from advisor.run.probe_steps import anchored, judge, probe_first, told, worth_it
+from advisor.run.report import build_report
 from advisor.run.signs import RunState
 from advisor.run.stages import Job
 from advisor.run.thresholds import thresholds_of
@@ -99,6 +100,42 @@ def test_what_is_measured_decides_whether_it_fits() -> None:
     assert not bad.fits
     assert bad.smaller == {"micro_batch": 2}
     assert "11 GiB" in bad.reason
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0", "mps"])
+def test_the_bands_are_narrower_after_real_steps(device: str) -> None:
+    """Of memory and time: what is measured lies in its own band, which spans less than any band of a plan."""
+    found = judge(job(), events(3 * GIB, device), MACHINE, KNOWLEDGE, out_of_memory=False)
+    memory, seconds = found.whole_peak_bytes, found.whole_seconds
+    assert memory
+    assert seconds
+    assert memory.low <= (found.measured_peak_bytes or 0) <= memory.high
+    assert seconds.low <= (found.seconds or 0) <= seconds.high
+    errors = KNOWLEDGE.rules["memory"]["error"]
+    widths = [errors[name]["high"] / errors[name]["low"] for name in ("full", "adapters", "quantised")]
+    assert memory.high / memory.low < min(widths)
+    spreads = [one["spread"] for one in KNOWLEDGE.rules["time"].values() if "spread" in one]
+    assert spreads
+    assert seconds.high / seconds.low < min(one["high"] / one["low"] for one in spreads)
+
+
+def test_the_report_has_the_narrower_bands() -> None:
+    """What the first steps said of the whole stands in report.json beside what was predicted and measured."""
+    found = judge(job(), events(3 * GIB), MACHINE, KNOWLEDGE, out_of_memory=False)
+    made = build_report(
+        [{"event": "probe", **msgspec.to_builtins(told(found))}], recipe(), recipe_sha256="", status="done",
+        estimate=estimate(9 * GIB, 60), artefacts={}, packages={}, error=None,
+        limits=thresholds_of(KNOWLEDGE.rules["policy"]).forgetting,
+    )  # fmt: skip
+    assert made.whole_peak_bytes == found.whole_peak_bytes
+    assert made.whole_seconds == found.whole_seconds
+
+
+def test_the_upper_bound_after_the_steps_decides() -> None:
+    """A step that just fits does not promise the whole training, which keeps kernels for more row lengths."""
+    close = judge(job(), events(round(9.5 * GIB)), MACHINE, KNOWLEDGE, out_of_memory=False)
+    assert not close.fits
+    assert "the whole takes up to" in close.reason
 
 
 def test_a_device_loses_its_context_too() -> None:
