@@ -113,6 +113,16 @@ class Quantisations(Record, frozen=True, kw_only=True):
     checked: str
 
 
+class ImportanceFacts(Record, frozen=True, kw_only=True):
+    """How much text an importance matrix is measured on."""
+
+    most_rows: int
+    row_tokens: int
+    least_tokens: int
+    source: str
+    checked: str
+
+
 class EndTokens(Record, frozen=True, kw_only=True):
     """Tokens that llama.cpp knows as an end of generation by their text."""
 
@@ -154,6 +164,7 @@ class Rules(Record, frozen=True, kw_only=True):
     """All of kb/rules/gguf.toml."""
 
     quantisations: Quantisations
+    importance: ImportanceFacts
     end_tokens: EndTokens
     config: ConfigFields
     stripping: Stripping

@@ -29,6 +29,7 @@ CheckName = Literal[
     "metadata",
     "tensors",
     "prefix",
+    "four_bit_base",
 ]
 Value = str | int | float | bool | list[str] | dict[str, float] | None
 """What a setting may hold in a plan, a recipe and `--set`."""
@@ -848,6 +849,8 @@ class ExportedFile(Record, frozen=True, kw_only=True):
     bits_per_weight: float | None = None
     mix: dict[str, int] = {}
     """tensor type -> number of tensors: the true mix, fall-backs included."""
+    importance: bool = False
+    """Quantised with an importance matrix."""
 
 
 class Export(Record, frozen=True, kw_only=True):
@@ -880,6 +883,8 @@ class FileRow(Record, frozen=True, kw_only=True):
     """File, key-value cache of the wanted context, overhead."""
     fits: bool | None
     """On the device that the goal names; None where it names none."""
+    importance: bool = False
+    """Quantised with an importance matrix."""
     recommended: bool = False
 
 

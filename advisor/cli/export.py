@@ -11,8 +11,10 @@ from advisor.cli import options
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.errors import VerificationError
 from advisor.export import export_model
+from advisor.export.importance import Importance
 from advisor.intake import own_cache_dir
 from advisor.knowledge import load
+from advisor.run.launch import require_installed
 from advisor.run.page import write_page
 from advisor.storage import read_record
 from advisor.types import Export, ExportPlan, FileRow, Plan, Verification
@@ -44,6 +46,10 @@ class ExportAnswer(msgspec.Struct, frozen=True, kw_only=True):
     help="gguf, merged, lora-gguf, prefix-state, modelfile; with commas. Default: the plan's, else gguf.",
 )
 @click.option("--quant", help=QUANT_HELP)
+@click.option(
+    "--imatrix",
+    help="Rows or text that the model reads, so that few bits keep what matters; `heldout`: the run's own.",
+)
 @options.out
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Prove each GGUF file.")
 @click.option(
@@ -55,6 +61,7 @@ def export(
     source: Path,
     to: str | None,
     quant: str | None,
+    imatrix: str | None,
     out: Path | None,
     llama_cpp: Path | None,
     *,
@@ -64,8 +71,8 @@ def export(
 ) -> None:
     """Write a run or a model folder as GGUF, merged weights, LoRA-GGUF or Modelfile; prove each GGUF."""
     export_and_prove(
-        source, to=to, quant=quant, out=out, llama_cpp=llama_cpp, verify=verify, offline=offline,
-        as_json=as_json,
+        source, to=to, quant=quant, imatrix=imatrix, out=out, llama_cpp=llama_cpp, verify=verify,
+        offline=offline, as_json=as_json,
     )  # fmt: skip
 
 
@@ -74,6 +81,7 @@ def export_and_prove(
     *,
     to: str | None = None,
     quant: str | None = None,
+    imatrix: str | None = None,
     out: Path | None = None,
     llama_cpp: Path | None = None,
     verify: bool = True,
@@ -87,8 +95,10 @@ def export_and_prove(
         Exit: the same under `as_json`, after the answer was printed.
     """
     notify = notifier(quiet=as_json)
+    importance = None if imatrix is None else _importance(source, imatrix, offline=offline, quiet=as_json)
     made = export_model(
         source,
+        importance=importance,
         to=_words((to or _usual_target(source)).lower()),
         quants=_words((quant or _usual_quants(source)).upper()),
         out=out,
@@ -119,6 +129,16 @@ def export_and_prove(
             "See the failed checks above and the .verification.json beside the file.",
         )
     return made, proofs
+
+
+def _importance(source: Path, named: str, *, offline: bool, quiet: bool) -> Importance:
+    """Measure on the rows of a file, or on those that the run held out."""
+    require_installed(("torch", "transformers", "peft"))
+    # torch takes seconds to import, and an export needs none of it.
+    from advisor.verify.importance import measure_importance
+
+    rows = heldout_rows(source) if named == "heldout" else (Path(named),)
+    return measure_importance(source, rows, offline=offline, on_progress=notifier(quiet=quiet))
 
 
 def _planned(source: Path) -> ExportPlan | None:

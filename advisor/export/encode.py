@@ -41,8 +41,14 @@ def type_for(quant: str, shape: tuple[int, ...]) -> Type:
     return wanted if shape[-1] % block == 0 else Type.F16
 
 
-def encode_rows(name: str, rows: Floats, kind: Type) -> npt.NDArray[Any]:
+def encode_rows(name: str, rows: Floats, kind: Type, importance: Floats | None = None) -> npt.NDArray[Any]:
     """Return the rows as contiguous data of a type.
+
+    Args:
+        name: Of the tensor, for messages.
+        rows: (rows, columns), or a vector.
+        kind: Type.
+        importance: Of each column, (columns,); types with fewer than eight bits keep those more exactly.
 
     Raises:
         ExportError: a weight is not finite, or overflows in F16.
@@ -62,17 +68,18 @@ def encode_rows(name: str, rows: Floats, kind: Type) -> npt.NDArray[Any]:
             "Use --quant BF16 (or Q8_0, which is made from the full values).",
             code="f16_overflow",
         )
-    return _by_ggml(np.ascontiguousarray(rows, dtype=np.float32), kind)
+    return _by_ggml(np.ascontiguousarray(rows, dtype=np.float32), kind, importance)
 
 
-def _by_ggml(rows: Floats, kind: Type) -> npt.NDArray[np.uint8]:
+def _by_ggml(rows: Floats, kind: Type, importance: Floats | None) -> npt.NDArray[np.uint8]:
     """Quantise with ggml's own function; it lets other threads run meanwhile."""
     columns = rows.shape[-1]
     count = rows.size // columns
     made = np.empty((count, row_bytes(columns, kind)), dtype=np.uint8)
     pointer = ctypes.c_void_p
+    weights = None if importance is None else pointer(importance.ctypes.data)
     _ggml().ggml_quantize_chunk(
-        int(kind), pointer(rows.ctypes.data), pointer(made.ctypes.data), 0, count, columns, None
+        int(kind), pointer(rows.ctypes.data), pointer(made.ctypes.data), 0, count, columns, weights
     )
     return made
 

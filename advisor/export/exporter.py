@@ -30,6 +30,7 @@ from advisor.export.gguf_file import (
     uniform_types,
     write_gguf,
 )
+from advisor.export.importance import Importance
 from advisor.export.lora_file import check_lora, write_lora
 from advisor.export.merged import Merged, open_merged
 from advisor.export.merged_folder import merged_bytes, write_merged
@@ -67,6 +68,7 @@ class Job:
     config: dict[str, Any]
     adapter: Adapter | None
     merged: Merged
+    importance: Importance | None
     out: Path
     on_progress: Progress
 
@@ -76,6 +78,7 @@ def export_model(
     *,
     to: Sequence[str] = ("gguf",),
     quants: Sequence[str] = ("F16",),
+    importance: Importance | None = None,
     out: Path | None = None,
     offline: bool = False,
     llama_cpp: Path | None = None,
@@ -88,6 +91,7 @@ def export_model(
         source: What to export.
         to: Some of `TARGETS`.
         quants: GGUF quantisations, for example F16, Q8_0, Q4_K_M.
+        importance: Of the columns of each matrix, for quantisations with fewer than eight bits.
         out: Folder for the files; None takes `export` in the source.
         offline: Never ask the hub for the base model, nor fetch llama.cpp's converter.
         llama_cpp: A checkout of llama.cpp, whose converter writes architectures that are not known here.
@@ -109,14 +113,19 @@ def export_model(
     _refuse_a_head(trained)
     place = out or Path(trained.folder) / "export"
     if needs_converter(trained.config) and targets == ("gguf",):
+        if importance is not None:
+            raise ExportError(
+                "An importance matrix is not for architectures that llama.cpp's own converter writes.",
+                "Leave --imatrix out.",
+            )
         converter = find_converter(llama_cpp, cache=cache or place, offline=offline, on_progress=on_progress)
         return _convert(source, trained, converter, wanted, place, on_progress)
     adapter = None if trained.adapter is None else open_adapter(Path(trained.adapter))
     config = trained.config
     merged = open_merged(Path(trained.base), adapter, config)
     job = Job(
-        trained=trained, config=config, adapter=adapter, merged=merged,
-        out=place, on_progress=on_progress,
+        trained=trained, config=config, adapter=adapter, merged=merged, importance=importance, out=place,
+        on_progress=on_progress,
     )  # fmt: skip
     files, notes = _export(job, targets, wanted)
     made = Export(source=str(source), files=tuple(files), notes=tuple(dict.fromkeys(notes)))
@@ -230,6 +239,7 @@ def _export(
         notes += [*plan.notes, *vocabulary.notes]
         made = _write_quants(job, plan, vocabulary, types, quants)
         files += made
+        notes += [] if job.importance is None else [_importance_note(job.importance)]
         if "modelfile" in targets:
             files.append(_write_modelfile(job, made, vocabulary))
     if adapter is not None:
@@ -241,6 +251,8 @@ def _prepare(job: Job) -> tuple[ModelPlan, Vocabulary]:
     count = 0 if job.merged.prompt is None else len(job.merged.prompt)
     plan = plan_model(grown_config(job.config, count), own_head=job.merged.own_head)
     check_complete(plan, job.merged)
+    if job.importance is not None:
+        job.importance.check(plan)
     folders = Path(job.trained.tokenizer), Path(job.trained.base)
     return plan, with_virtual_tokens(read_vocabulary(*folders, rows=plan.vocab - count), count)
 
@@ -252,6 +264,13 @@ def _lora_of(job: Job) -> Adapter:
         )
     check_lora(job.adapter, job.merged.layout, tied=is_tied(job.config))
     return job.adapter
+
+
+def _importance_note(importance: Importance) -> str:
+    return (
+        f"types with fewer than eight bits follow an importance matrix, measured on {importance.rows} rows "
+        f"({importance.tokens} tokens) of {importance.source}"
+    )
 
 
 def _prefix_of(job: Job, targets: tuple[str, ...]) -> Prefix | None:
@@ -301,7 +320,9 @@ def _types(job: Job, plan: ModelPlan, vocabulary: Vocabulary, quants: tuple[str,
     try:
         with complete_file(start) as aside:
             _write(job, aside, plan, vocabulary, "F32", uniform_types(plan, "F32"), merged=None)
-        answer, _ = run_llama({"do": "choose", "source": str(start), "quants": mixed})
+        answer, _ = run_llama(
+            {"do": "choose", "source": str(start), "quants": mixed, "importance": job.importance is not None}
+        )
     finally:
         start.unlink(missing_ok=True)
     names = {tensor.name for tensor in plan.tensors}
@@ -324,7 +345,8 @@ def _write_quants(
         job.on_progress(f"quantising to {quant}" if mixed else f"writing {quant}")
         with complete_file(_path(job, quant)) as aside:
             found = _write(job, aside, plan, vocabulary, quant, types[quant], merged=job.merged)
-        made.append(_file(_path(job, quant), "gguf", quant=quant, found=found))
+        file = _file(_path(job, quant), "gguf", quant=quant, found=found)
+        made.append(msgspec.structs.replace(file, importance=mixed and job.importance is not None))
     return made
 
 
@@ -345,6 +367,7 @@ def _write(
     return write_gguf(
         path, plan=plan, merged=merged, vocabulary=vocabulary, quant=quant, types=types,
         name=job.trained.name, on_progress=job.on_progress,
+        importance=job.importance if quant in rules().quantisations.through_llama else None,
     )  # fmt: skip
 
 

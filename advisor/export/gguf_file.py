@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -21,8 +21,10 @@ import gguf
 import numpy as np
 
 from advisor.errors import ExportError
-from advisor.export.architecture import ModelPlan, PlannedTensor, factor_tensors, row_order
+from advisor.export.architecture import MetaValue, ModelPlan, PlannedTensor, factor_tensors, row_order
+from advisor.export.checkpoint import Floats
 from advisor.export.encode import Type, encode_rows, row_bytes, type_for
+from advisor.export.importance import Importance
 from advisor.export.merged import Merged
 from advisor.export.tokenizer import Vocabulary
 from advisor.gguf_rules import rules
@@ -110,6 +112,7 @@ def write_gguf(
     quant: str,
     types: Types,
     name: str,
+    importance: Importance | None,
     on_progress: Callable[[str], None],
 ) -> Contents:
     """Write a model, each tensor in its type.
@@ -123,6 +126,7 @@ def write_gguf(
         quant: What the file says it is.
         types: Of each tensor, by its name in the file.
         name: Of the model.
+        importance: Of the columns of each matrix; None counts all alike.
         on_progress: Told now and then.
 
     Raises:
@@ -135,7 +139,7 @@ def write_gguf(
         writer.add_name(_name(name, vocabulary))
         writer.add_file_type(_file_type(quant))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _add_metadata(writer, plan)
+        _add_metadata(writer, {**plan.metadata, **({} if importance is None else importance.metadata())})
         if merged is not None:
             add_vocabulary(writer, vocabulary)
         factors = factor_tensors(plan)
@@ -155,7 +159,9 @@ def write_gguf(
             if merged is None:
                 writer.write_tensor_data(_Hole(_tensor_bytes(tensor.shape, kind)))
                 continue
-            writer.write_tensor_data(_Stream(tensor, merged, kind))
+            writer.write_tensor_data(
+                _Stream(tensor, merged, kind, None if importance is None else importance.of(tensor))
+            )
             if number % 50 == 0:
                 on_progress(f"{quant}: tensor {number} of {len(plan.tensors)}")
     finally:
@@ -192,6 +198,7 @@ class _Stream:
     tensor: PlannedTensor
     merged: Merged
     kind: Type
+    importance: Floats | None
 
     @property
     def nbytes(self) -> int:
@@ -216,7 +223,7 @@ class _Stream:
         data = self.merged.rows(self.tensor.origin, part if order is None else order[part])
         if self.tensor.offset:
             data = data + np.float32(self.tensor.offset)
-        return encode_rows(self.tensor.name, data, self.kind).tobytes()
+        return encode_rows(self.tensor.name, data, self.kind, self.importance).tobytes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +245,8 @@ def _file_type(quant: str) -> int:
     return int(gguf.LlamaFileType[name])
 
 
-def _add_metadata(writer: gguf.GGUFWriter, plan: ModelPlan) -> None:
-    for key, value in plan.metadata.items():
+def _add_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, MetaValue]) -> None:
+    for key, value in metadata.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):

@@ -43,12 +43,26 @@ def choose(request: dict[str, Any]) -> dict[str, Any]:
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quant}")
         params.dry_run = True
+        if request["importance"]:
+            params.imatrix = _some_importance()
         code = llama_cpp.llama_model_quantize(request["source"].encode(), b"", ctypes.byref(params))
         if code != 0:
             raise RuntimeError("".join(said[-4:]).strip() or f"llama_model_quantize returned {code}")
         found = _CHOICE.findall("".join(said))
         chosen[quant] = {name: (after or before).upper() for name, before, after in found}
     return {"types": chosen}
+
+
+def _some_importance() -> Any:
+    """Return an importance matrix of nothing: that there is one is all that a choice of types depends on."""
+    entries = (llama_cpp.llama_model_imatrix_data * 2)()
+    _KEPT.append((ctypes.c_float * 1)(1.0))
+    entries[0].name, entries[0].data, entries[0].size = b"none", _KEPT[-1], 1
+    return entries
+
+
+_KEPT: list[Any] = []
+"""Arrays that llama.cpp reads."""
 
 
 def quantise(request: dict[str, Any]) -> dict[str, Any]:

@@ -365,7 +365,10 @@ def _file_rows(rows: Sequence[FileRow]) -> RenderableType:
     names = ("KL", "Top-1", "Perplexity", "Tokens/s", "In memory")
     table = columns("Quantisation", *names, "Fits", right=names)
     for row in rows:
-        name = Text(f"{row.quant}, recommended" if row.recommended else row.quant)
+        marks = [
+            mark for mark, given in (("imatrix", row.importance), ("recommended", row.recommended)) if given
+        ]
+        name = Text(", ".join([row.quant, *marks]))
         fits = {True: Text("yes", style="good"), False: Text("no", style="bad"), None: Text("")}[row.fits]
         table.add_row(name, *figures(row), format_bytes(row.running_bytes), fits)
     return table

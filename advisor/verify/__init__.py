@@ -9,18 +9,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from advisor.errors import ExportError, MissingPackageError, RefusedError
+from advisor.errors import ExportError, MissingPackageError
 from advisor.export.adapter import grown_config, virtual_tokens
 from advisor.export.architecture import plan_model
 from advisor.export.chat_template import Conversation
-from advisor.export.checkpoint import open_checkpoint
 from advisor.export.config_fields import is_tied, vocabulary_rows
 from advisor.export.merged import Layout
 from advisor.export.native import Arrays, run_llama
@@ -28,11 +26,9 @@ from advisor.export.official import needs_converter
 from advisor.export.source import Trained, find_trained
 from advisor.export.tokenizer import Vocabulary, read_vocabulary, with_virtual_tokens
 from advisor.probe.gguf_file import check_gguf
-from advisor.probe.host import memory
 from advisor.running import named_prefix, read_facts
 from advisor.storage import write_json
 from advisor.types import Check, Verification
-from advisor.units import format_bytes
 from advisor.verify.bounds import LogitBounds, VerifyRules, logit_bounds, verify_rules
 from advisor.verify.contents import Contents, DamagedError, read_contents
 from advisor.verify.samples import heldout_rows, probe_texts, read_conversations
@@ -107,19 +103,6 @@ def _need_packages() -> None:
             raise MissingPackageError(module, extra)
 
 
-def _check_memory(trained: Trained) -> None:
-    """Refuse to load a model in float32 that the memory does not hold."""
-    stored = open_checkpoint(Path(trained.base)).tensors.values()
-    needed = 4 * sum(math.prod(tensor.shape) for tensor in stored)
-    _, free = memory(Path("/proc"), Path("/sys"))
-    if needed > free:
-        raise RefusedError(
-            f"To compare, the trained model is loaded in float32: {format_bytes(needed)}; "
-            f"{format_bytes(free)} of memory is free.",
-            "Verify on a machine with more memory; exporting itself needs little: export --no-verify",
-        )
-
-
 def _checks(
     gguf: Path,
     file: Contents,
@@ -140,7 +123,6 @@ def _checks(
         read_vocabulary(Path(trained.tokenizer), Path(trained.base), rows=vocabulary_rows(config)), count
     )
     config = grown_config(config, count)
-    _check_memory(trained)
     on_progress("asking the trained model")
     tied, known = is_tied(config), not needs_converter(config)
     context = plan_model(config, own_head=not tied).context if known else _plain_context(config)
@@ -157,6 +139,8 @@ def _checks(
     early = [checks.metadata(model, vocabulary, file), compared]
     if known and (state is not None or reference.cached is not None):
         early.append(checks.prefix(reference.cached, state, plan))
+    if reference.four_bits is not None:
+        early.append(reference.four_bits)
     bounds = logit_bounds(rules, file.quant, activation, routed=_is_routed(config))
     on_progress(f"asking {gguf.name}")
     try:

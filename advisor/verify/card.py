@@ -103,7 +103,7 @@ def table_lines(rows: Sequence[FileRow]) -> list[str]:
     head += ["in memory", "fits the device"] if fits else ["in memory"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
-        name = Path(row.path).name
+        name = Path(row.path).name + (", importance matrix" if row.importance else "")
         cells = [
             f"**{name}** (recommended)" if row.recommended else name,
             format_bytes(row.bytes), f"{row.bits_per_weight:.2f}", *figures(row),

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,13 +23,18 @@ import transformers
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 
-from advisor.errors import ModelError
+from advisor.errors import ModelError, RefusedError
 from advisor.export.chat_template import Conversation
+from advisor.export.checkpoint import open_checkpoint
 from advisor.export.merged import Layout
 from advisor.export.source import Trained
 from advisor.export.tokenizer import SPACE, needs_space
 from advisor.prefix_state import Prefix
+from advisor.probe.host import memory
 from advisor.probe.load import free_cores
+from advisor.types import Check
+from advisor.units import format_bytes
+from advisor.verify import four_bits
 from advisor.verify.bounds import Samples
 
 Floats = npt.NDArray[np.float32]
@@ -67,6 +74,8 @@ class Reference:
     """Virtual tokens, by the ids that they have in the file."""
     cached: Prefix | None
     """Virtual tokens that are keys and values in every layer, as peft hands them to the model."""
+    four_bits: Check | None
+    """What it changes that training saw the base in four bits."""
     added: tuple[str, ...]
     """Texts that the tokenizer cuts out before anything else."""
     weights: dict[str, torch.Tensor]
@@ -90,23 +99,24 @@ def load_reference(trained: Trained, questions: Questions, samples: Samples) -> 
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, free_cores()))
     try:
-        tokenizer, model = _load(trained)
+        tokenizer, model = load_trained(trained)
         ends = _end_ids(model, tokenizer)
         sequences = list(_sequences(tokenizer, questions, samples))
         prompts = [_prompt_ids(tokenizer, text) for text in questions.prompts[: samples.greedy_prompts]]
         with torch.inference_mode():
             logits = [_logits(model, ids) for ids in sequences]
             continued = [_greedy(model, ids, samples.greedy_tokens, ends) for ids in prompts]
-        rendered = [_render(tokenizer, conversation) for conversation in questions.conversations]
+        rendered = [render(tokenizer, conversation) for conversation in questions.conversations]
+        cached = _cached(model)
         weights, deltas, virtual = _weights(model)
         words, prefix = _virtual_tokens(model, virtual)
         added = tuple(tokenizer.get_added_vocab())
         return Reference(
-            token_ids=[_ids(tokenizer, text) for text in questions.texts],
+            token_ids=[token_ids(tokenizer, text) for text in questions.texts],
             rendered=[
                 None if text is None else words + _led(text, questions.normaliser, added) for text in rendered
             ],
-            rendered_ids=[None if text is None else prefix + _ids(tokenizer, text) for text in rendered],
+            rendered_ids=[None if text is None else prefix + token_ids(tokenizer, text) for text in rendered],
             sequences=sequences,
             logits=logits,
             prompts=prompts,
@@ -115,7 +125,8 @@ def load_reference(trained: Trained, questions: Questions, samples: Samples) -> 
             gaps=[gaps for _, gaps in continued],
             special={name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
             prefix=prefix,
-            cached=_cached(model),
+            cached=cached,
+            four_bits=_four_bits(trained, sequences, logits, rows=len(questions.rows)),
             added=added,
             weights=weights,
             deltas=deltas,
@@ -124,7 +135,27 @@ def load_reference(trained: Trained, questions: Questions, samples: Samples) -> 
         torch.set_num_threads(before)
 
 
-def _load(trained: Trained) -> tuple[Any, Any]:
+def _check_memory(trained: Trained) -> None:
+    """Refuse to load a model in float32 that the memory does not hold."""
+    stored = open_checkpoint(Path(trained.base)).tensors.values()
+    needed = 4 * sum(math.prod(tensor.shape) for tensor in stored)
+    _, free = memory(Path("/proc"), Path("/sys"))
+    if needed > free:
+        raise RefusedError(
+            f"To compare, the trained model is loaded in float32: {format_bytes(needed)}; "
+            f"{format_bytes(free)} of memory is free.",
+            "Verify on a machine with more memory; exporting itself needs little: export --no-verify",
+        )
+
+
+def load_trained(trained: Trained) -> tuple[Any, Any]:
+    """Load tokenizer and model in float32, the adapter live.
+
+    Raises:
+        ModelError: transformers or peft cannot load it.
+        RefusedError: the memory does not hold it.
+    """
+    _check_memory(trained)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(trained.tokenizer, local_files_only=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -157,11 +188,12 @@ def _virtual_tokens(model: Any, count: int) -> tuple[str, list[int]]:
     return "".join(f"<|vp_{number}|>" for number in range(count)), list(range(size, size + count))
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text, nothing put before or after it."""
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _render(tokenizer: Any, conversation: Conversation) -> str | None:
+def render(tokenizer: Any, conversation: Conversation) -> str | None:
     """Return the rendered conversation, or None where there is no template or it refuses."""
     if tokenizer.chat_template is None:
         return None
@@ -179,7 +211,7 @@ def _render(tokenizer: Any, conversation: Conversation) -> str | None:
 
 def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
     asked = Conversation(messages=({"role": "user", "content": text},))
-    return _ids(tokenizer, _render(tokenizer, asked) or text)
+    return token_ids(tokenizer, render(tokenizer, asked) or text)
 
 
 def _sequences(tokenizer: Any, questions: Questions, samples: Samples) -> Iterator[list[int]]:
@@ -195,10 +227,10 @@ def _sequences(tokenizer: Any, questions: Questions, samples: Samples) -> Iterat
             number >= len(questions.rows) + 2 and positions >= samples.least_positions
         ):
             return
-        text = row if isinstance(row, str) else _render(tokenizer, row)
+        text = row if isinstance(row, str) else render(tokenizer, row)
         if text is None and not isinstance(row, str):
             text = "\n".join(message["content"] for message in row.messages)
-        ids = _ids(tokenizer, text or "")[: min(samples.row_tokens, samples.most_positions - positions)]
+        ids = token_ids(tokenizer, text or "")[: min(samples.row_tokens, samples.most_positions - positions)]
         if len(ids) > 1:
             positions += len(ids)
             yield ids
@@ -263,6 +295,19 @@ def _weights(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Callable[[]
         warnings.simplefilter("ignore", UserWarning)
         weights = dict(model.merge_and_unload(safe_merge=True).state_dict()) | ends
     return {name: tensor.detach() for name, tensor in weights.items()}, deltas, 0
+
+
+def _four_bits(
+    trained: Trained, sequences: list[list[int]], logits: list[Floats], *, rows: int
+) -> Check | None:
+    """Compare the loss on the person's rows, or on sample texts where there are none."""
+    recipe = four_bits.four_bit_recipe(trained)
+    if recipe is None:
+        return None
+    texts = sequences[: rows or len(sequences)]
+    merged = [four_bits.loss(values, ids) for values, ids in zip(logits, texts, strict=False)]
+    before = four_bits.losses_as_trained(trained, recipe, texts)
+    return four_bits.check(before, merged, texts, rows=rows > 0)
 
 
 def _is_prefix(model: Any) -> bool:

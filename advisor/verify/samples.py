@@ -35,10 +35,10 @@ def heldout_rows(source: Path) -> tuple[Path, ...]:
     return tuple(path for path in paths if path.exists())
 
 
-def read_conversations(paths: Sequence[Path]) -> Iterator[Conversation | str]:
+def read_conversations(paths: Sequence[Path], *, most: int = MOST_ROWS) -> Iterator[Conversation | str]:
     """Yield the first conversations and texts of some files of rows; unusable rows are passed over."""
     for path in paths:
-        numbered = itertools.islice(read_rows(path), MOST_ROWS)
+        numbered = itertools.islice(read_rows(path), most)
         read = [row for _, row in numbered]
         kind, mapping = infer_mapping(read, where=str(path))
         for row in read:

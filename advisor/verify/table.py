@@ -43,6 +43,7 @@ def _row(file: ExportedFile, proof: Verification | None, plan: Plan | None, know
     return FileRow(
         path=file.path,
         quant=str(file.quant),
+        importance=file.importance,
         bytes=file.bytes,
         bits_per_weight=file.bits_per_weight or 0.0,
         proved=None if proof is None else proof.passed,

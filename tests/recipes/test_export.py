@@ -578,3 +578,58 @@ def test_forgotten_session_ends_silently(exported: Export) -> None:
     command = [sys.executable, "-c", code, str(_file(exported, "Q8_0"))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_importance_reaches_the_quantiser(models: dict[str, Path], tmp_path: Path) -> None:
+    """Columns weigh what the model multiplies them by; the bytes are those of llama.cpp's own quantiser."""
+    from tokenizers import Tokenizer
+
+    from advisor.verify.importance import measure_importance
+
+    texts = [f"Water {number} runs from the hills to the sea; it is wild in March." for number in range(40)]
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = measure_importance(models["llama-tied"], (rows,), offline=True, on_progress=print)
+    weights = load_file(models["llama-tied"] / "model.safetensors")
+    tokenizer = Tokenizer.from_file(str(models["llama-tied"] / "tokenizer.json"))
+    ids = [i for text in texts[20:] for i in tokenizer.encode(text).ids]
+    read = weights["model.embed_tokens.weight"][ids].astype(np.float64)
+    read *= weights["model.layers.0.input_layernorm.weight"] / np.sqrt((read**2).mean(1) + 1e-5)[:, None]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert (found.rows, found.tokens) == (20, len(ids))
+    np.testing.assert_allclose(found.columns[name], (read**2).mean(0), rtol=1e-4)
+
+    made = export_model(models["llama-tied"], quants=("F32", "Q3_K_M"), importance=found, out=tmp_path)
+    theirs = tmp_path / "theirs.gguf"
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    _quantise(
+        _file(made, "F32"), theirs, {names.get_name(k, (".weight",)): v for k, v in found.columns.items()}
+    )
+    ours, want = (
+        {t.name: t.data.tobytes() for t in gguf.GGUFReader(p).tensors}
+        for p in (_file(made, "Q3_K_M"), theirs)
+    )
+    plain = export_model(models["llama-tied"], quants=("Q3_K_M",), out=tmp_path / "plain").files[0].path
+    assert ours == want
+    assert ours != {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(plain).tensors}
+    fields = gguf.GGUFReader(_file(made, "Q3_K_M")).fields
+    assert fields["quantize.imatrix.dataset"].contents() == "texts.jsonl"
+    assert "quantize.imatrix.dataset" not in gguf.GGUFReader(_file(made, "F32")).fields
+    rows.write_text(json.dumps({"text": texts[0]}) + "\n")
+    with pytest.raises(InputError, match="at least 256"):
+        measure_importance(models["llama-tied"], (rows,), offline=True, on_progress=print)
+
+
+def _quantise(source: Path, target: Path, importance: dict[Any, Any]) -> None:
+    """Let llama.cpp quantise a file with an importance matrix."""
+    import ctypes
+
+    import llama_cpp
+
+    entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
+    for entry, (name, values) in zip(entries, importance.items(), strict=False):
+        entry.name, entry.size = name.encode(), len(values)
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.imatrix = llama_cpp.LLAMA_FTYPE_MOSTLY_Q3_K_M, entries
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params) == 0

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
-from typing import Any
 
-import peft
 import pytest
-import torch
-import transformers
 
 from advisor.chat import ChatSession, answer_once
 from advisor.errors import ExportError, InputError, RefusedError, UsageError
@@ -19,6 +14,7 @@ from advisor.running import plan_running
 from advisor.serve import serve
 from advisor.verify import verify_gguf
 from families import make_family
+from methods import METHODS, make_adapter
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,21 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
 ]
-TASK = {"task_type": "CAUSAL_LM"}
-RANDOM = {"r": 4, "lora_alpha": 12}
-METHODS: dict[str, peft.PeftConfig] = {
-    "rslora": peft.LoraConfig(
-        target_modules="all-linear", use_rslora=True, rank_pattern={"0.*(c_attn|q_proj)": 2},
-        alpha_pattern={"0.*(c_attn|q_proj)": 7}, **RANDOM, **TASK,
-    ),
-    "dora": peft.LoraConfig(target_modules="all-linear", use_dora=True, **RANDOM, **TASK),
-    "tokens": peft.LoraConfig(target_modules="all-linear", trainable_token_indices=[3, 7, 300], **RANDOM),
-    "ia3": peft.IA3Config(**TASK),
-    "ln": peft.LNTuningConfig(**TASK),
-    "prompt": peft.PromptTuningConfig(num_virtual_tokens=5, **TASK),
-    "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=32, **TASK),
-}  # fmt: skip
-PREFIX = peft.PrefixTuningConfig(num_virtual_tokens=4, **TASK)
+TESTED = ("rslora", "dora", "tokens", "ia3", "ln", "prompt", "p-tuning")
 BASES = {"qwen2": {"tied": True}, "gpt2": {"tied": False}}
 
 
@@ -52,25 +34,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made | {name: make_family(root / name, name) for name in ("gemma3", "llama")}
 
 
-def train(base: Path, config: Any, target: Path, *, seed: int = 1) -> Path:
-    """Write an adapter whose weights are all random, and the same each time."""
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    model = peft.get_peft_model(model, copy.deepcopy(config))
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.requires_grad:
-                value.add_(0.1 * torch.randn(value.shape, generator=random))
-    model.save_pretrained(target)
-    return target
-
-
 @pytest.mark.parametrize("base", list(BASES))
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", TESTED)
 def test_method_is_exported_exactly(bases: dict[str, Path], tmp_path: Path, method: str, base: str) -> None:
     """The file answers as base and live adapter do: logits, ids, template, tensors."""
-    adapter = train(bases[base], METHODS[method], tmp_path / "adapter")
+    adapter = make_adapter(bases[base], METHODS[method], tmp_path / "adapter")
     file = export_model(adapter, quants=("F32",), out=tmp_path).files[0]
     proof = verify_gguf(Path(file.path), against=adapter)
     assert proof.passed, [check.evidence for check in proof.checks if not check.passed]
@@ -78,7 +46,7 @@ def test_method_is_exported_exactly(bases: dict[str, Path], tmp_path: Path, meth
 
 def test_prompt_before_scaled_embeddings(bases: dict[str, Path], tmp_path: Path) -> None:
     """Gemma 3 multiplies what it looks up, which a trained prompt never passed; chat begins with it."""
-    adapter = train(bases["gemma3"], METHODS["prompt"], tmp_path / "adapter")
+    adapter = make_adapter(bases["gemma3"], METHODS["prompt"], tmp_path / "adapter")
     file = export_model(adapter, quants=("F32",), out=tmp_path).files[0]
     assert verify_gguf(Path(file.path), against=adapter).passed
     session = ChatSession(Path(file.path), max_tokens=8)
@@ -88,7 +56,7 @@ def test_prompt_before_scaled_embeddings(bases: dict[str, Path], tmp_path: Path)
 
 def test_prefix_is_a_state_beside_the_base(bases: dict[str, Path], tmp_path: Path) -> None:
     """The base with the state answers as the live adapter does; without it, or with another, nothing does."""
-    adapter = train(bases["llama"], PREFIX, tmp_path / "adapter")
+    adapter = make_adapter(bases["llama"], METHODS["prefix"], tmp_path / "adapter")
     made = export_model(adapter, quants=("F32",), out=tmp_path)
     state, file = (Path(one.path) for one in made.files)
     proof = verify_gguf(file, against=adapter)
@@ -102,7 +70,9 @@ def test_prefix_is_a_state_beside_the_base(bases: dict[str, Path], tmp_path: Pat
         session.use_adapters({})
     session.close()
     other = export_model(
-        train(bases["llama"], PREFIX, tmp_path / "other", seed=2), to=("prefix-state",), out=tmp_path / "o"
+        make_adapter(bases["llama"], METHODS["prefix"], tmp_path / "other", seed=2),
+        to=("prefix-state",),
+        out=tmp_path / "o",
     ).files[0]
     wrong = verify_gguf(file, against=adapter, prefix=Path(other.path))
     assert {check.name for check in wrong.checks if not check.passed} >= {"prefix", "logits"}
@@ -120,7 +90,7 @@ def test_prefix_is_a_state_beside_the_base(bases: dict[str, Path], tmp_path: Pat
 
 def test_what_cannot_be_a_gguf_says_what_to_do(bases: dict[str, Path], tmp_path: Path) -> None:
     """Bottleneck adapters are refused, and a prefix where one file must do; nothing is written."""
-    prefix = train(bases["llama"], PREFIX, tmp_path / "prefix")
+    prefix = make_adapter(bases["llama"], METHODS["prefix"], tmp_path / "prefix")
     other = tmp_path / "other"
     other.mkdir()
     (other / "adapter_config.json").write_text(

@@ -16,11 +16,13 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from advisor.errors import AdvisorError, InputError, RefusedError, UnknownNameError
+from advisor.export import export_model
 from advisor.recipe import check
 from advisor.resources import recipes_dir
 from advisor.run.events import read_events
 from advisor.storage import read_record
 from advisor.types import Program, Recipe
+from advisor.verify import heldout_rows, verify_gguf
 from training import SETTINGS, make_run, run_here
 
 torch = pytest.importorskip("torch")
@@ -318,3 +320,16 @@ def test_the_plain_loss_equals_the_tiled_one(tiny_model: Path, tmp_path: Path) -
     moved = (weights[False, 1] - base).norm()
     for key, value in weights.items():
         assert (value - weights[False, 1]).norm() < 1e-4 * moved, key
+
+
+def test_what_four_bits_cost_is_measured(trained: Any, tmp_path: Path) -> None:
+    """After QLoRA the proof tells the loss with the base as trained, and merged as exported."""
+    run_folder = trained["qlora"].folder
+    file = Path(export_model(run_folder, quants=("F16",), out=tmp_path).files[0].path)
+    proof = verify_gguf(file, against=run_folder, rows=heldout_rows(run_folder))
+    assert proof.passed, [check.evidence for check in proof.checks if not check.passed]
+    found = next(check for check in proof.checks if check.name == "four_bit_base")
+    before, after = (float(found.measured[key] or 0) for key in ("loss_as_trained", "loss_merged"))
+    assert before != after
+    assert abs(before - after) < 0.2
+    assert int(found.measured["tokens"] or 0) > 20
