@@ -82,7 +82,7 @@ def watch(folder: Path) -> None:
     Raises:
         InputError: nothing has begun there.
     """
-    if not (folder / EVENTS).is_file():
+    if not (folder / EVENTS).is_file() and not is_locked(folder):
         raise InputError(f"Nothing was trained in {folder} yet.", f"Begin: ftadvisor run {folder}")
     from advisor.ui.live import RunView
 

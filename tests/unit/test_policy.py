@@ -361,7 +361,9 @@ def random_event(chance: random.Random, number: int) -> dict[str, Any]:
         return heldout(number, chance.random() * 3, chance.choice(["", "", "before", "after"]))
     return {
         "checkpoint": saved(number), "model": MODEL, "data": {"event": "data", "supervised_tokens": 5},
-        "machine": {"event": "machine", "disk_free_bytes": chance.choice([10, 10**9]), "slept_seconds": 0.0},
+        "machine": {"event": "machine", "disk_free_bytes": chance.choice([10, 10**9]), "celsius": 99.0,
+                    "slept_seconds": chance.choice([0.0, 0.0, 90.0]), "celsius_limit": 95.0,
+                    "clock_share": chance.choice([0.5, 1.0])},
         "ended": {"event": "ended", "message": "It ended.",
                   "code": chance.choice(["out_of_memory", "out_of_memory", "killed", "disk"]),
                   "oom_kills": chance.choice([0, 1])},
