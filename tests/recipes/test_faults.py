@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # all faults are one process
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "faults.py"
 SAMPLE = ("memory_rungs", "nan", "kill", "interrupt")
 
