@@ -133,6 +133,8 @@ def carry_out(
         evaluator: asks the model questions, before and after; None where it cannot answer.
     """
     events, stop = session.events, session.stop
+    if settings.report_to != "none":
+        measure = with_curve(trainer, measure)
     asking = evaluator if settings.evaluate else None
     size = count(trainer.model)
     events.write(
@@ -216,6 +218,19 @@ class Spread(TrainerCallback):  # type: ignore[misc]  # transformers is not type
         # Before it is spread, a sharded model lies in the host's memory, in one process only.
         if self._measure is not None and is_sharded(recipe):
             self._session.events.write("heldout", when="before", step=0, **self._measure())
+
+
+def with_curve(trainer: Any, measure: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """Return a measurement that also reaches whatever else writes the trainer's curves."""
+
+    def measured() -> dict[str, Any]:
+        found = measure()
+        # The trainer's names for what is measured on rows that are not trained on begin with `eval_`.
+        logs = {f"eval_{name}": value for name, value in found.items() if value is not None}
+        trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, logs)
+        return found
+
+    return measured
 
 
 def evaluate(session: Session, trainer: Any, evaluator: Evaluator | None, *, when: str) -> None:

@@ -54,17 +54,18 @@ def test_it_learns(trained: Any, tuner: str) -> None:
 def test_curves_are_written_for_tensorboard_where_that_was_asked_for(
     trained: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One point a step, in the run folder by its stage. Who did not ask gets the known files only, whatever
-    login happens to be there."""
+    """One point a step and one a measurement, in the run folder by its stage. Who did not ask gets the known
+    files only, whatever login happens to be there."""
     for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_URI"):
         monkeypatch.setenv(name, "https://example.invalid")
     recipe = read_record(trained["full"].folder / "recipe.yaml", Recipe)
     settings = read_settings(recipe, SftSettings, cuda=False)
     assert trainer_arguments(recipe, settings)["report_to"] == "none"
-    (file,) = (trained["lora"].folder / "tensorboard" / "sft").iterdir()
-    events = EventFileLoader(str(file)).Load()
-    points = [(e.step, v.tag) for e in events for v in e.summary.value]
-    assert [step for step, tag in points if tag == "train/loss"] == list(range(1, 11))
+    files = (trained["lora"].folder / "tensorboard" / "sft").iterdir()
+    events = [event for file in files for event in EventFileLoader(str(file)).Load()]
+    points = sorted((value.tag, event.step) for event in events for value in event.summary.value)
+    assert [step for tag, step in points if tag == "train/loss"] == list(range(1, 11))
+    assert [step for tag, step in points if tag == "eval/loss"] == [0, 4, 8, 10]
     assert {path.name for path in trained["full"].folder.iterdir()} == {
         ".lock", "checkpoints", "events.jsonl", "heldout.jsonl", "model", "recipe.yaml", "report.json",
         "train.log",
