@@ -410,6 +410,24 @@ class MemoryEstimate(Record, frozen=True, kw_only=True):
     """What was unknown and widened the band."""
 
 
+class TracedPeaks(Record, frozen=True, kw_only=True):
+    """Bytes of live tensors in the second of two traced steps."""
+
+    steady: int
+    """Before the step."""
+    forward: int
+    backward: int
+    optimizer: int
+    traced_blocks: tuple[int, ...] = ()
+    """Depths that were traced when the model's own was not; the peaks are then extrapolated."""
+
+    @property
+    def fullest(self) -> tuple[str, int]:
+        """The phase with the peak, and its bytes."""
+        phases = {"forward": self.forward, "backward": self.backward, "optimizer": self.optimizer}
+        return max(phases.items(), key=lambda phase: phase[1])
+
+
 class TimeEstimate(Record, frozen=True, kw_only=True):
     """How long training takes."""
 

@@ -2,10 +2,12 @@
 
 Goes in: nothing. Comes out: benchmarks/results/trace-<date>.md and the same on the screen. Never does: fit.
 
-    python benchmarks/trace.py [--settings 216] [--seed 0]
+    python benchmarks/trace.py [--settings 216] [--seed 0] [--processes 2] [--rows FILE] [--no-times]
 
 Each family keeps the width of a published model, with six layers: what one layer costs does not depend on
-how many there are. The settings are drawn from the whole product, the same ones in every run.
+how many there are. The settings are drawn from the whole product, the same ones in every run. Answers of the
+tracer are kept in the rows file, so that a run goes on where it was stopped. Then plans of 8B and 70B are
+traced, each in a process of its own as `estimate --engine trace` does it, and timed.
 """
 
 from __future__ import annotations
@@ -13,19 +15,24 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+import queue
 import random
+import resource
 import statistics
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
 from advisor import knowledge
 from advisor.estimate.memory import estimate_memory, traced_estimate
+from advisor.intake import own_cache_dir
 from advisor.probe.software import installed_packages
-from advisor.types import MemorySettings, ModelShape, ModelSpec, Record
+from advisor.types import MemorySettings, ModelShape, ModelSpec, Record, TracedPeaks
 
 HERE = Path(__file__).parent
 LAYERS = 6
@@ -40,6 +47,38 @@ LENGTHS, BATCHES = (256, 1024, 4096), (1, 4)
 WITHOUT = ("olmo2", "phi3")
 """Families for which PEFT names no layers of its own choice."""
 TARGETS = ("all-linear", "q_v", "mlp")
+
+
+TRACER = [sys.executable, "-P", "-m", "advisor.train.trace"]
+MIDDLE, LARGE = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.3-70B-Instruct"
+PLANS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (MIDDLE, {"tuner": "lora", "seq_len": 2048}),
+    (MIDDLE, {"tuner": "qlora", "weight_bits": 4, "seq_len": 8192}),
+    (MIDDLE, {"tuner": "full", "seq_len": 4096}),
+    (MIDDLE, {"tuner": "full", "objective": "dpo", "seq_len": 2048}),
+    (MIDDLE, {"tuner": "qlora", "objective": "dpo", "weight_bits": 4, "seq_len": 4096}),
+    (MIDDLE, {"tuner": "lora", "seq_len": 2048, "gradient_checkpointing": False}),
+    (LARGE, {"tuner": "qlora", "weight_bits": 4, "seq_len": 2048}),
+    (LARGE, {"tuner": "lora", "seq_len": 8192}),
+    (LARGE, {"tuner": "full", "seq_len": 4096}),
+)
+
+
+class Row(Record, frozen=True, kw_only=True):
+    """One answer of the tracer, as the rows file keeps it."""
+
+    question: str
+    peaks: TracedPeaks
+
+
+class Timed(Record, frozen=True, kw_only=True):
+    """How long one trace took."""
+
+    what: str
+    wall_seconds: float
+    processor_seconds: float
+    blocks: str
+    error: float
 
 
 class Compared(Record, frozen=True, kw_only=True):
@@ -58,15 +97,20 @@ class Compared(Record, frozen=True, kw_only=True):
 
 
 def main() -> None:
-    """Draw, trace, compare, print and write."""
+    """Draw, trace, compare, time, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--settings", type=int, default=216)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rows", type=Path, default=own_cache_dir() / "benchmark-trace.jsonl")
+    parser.add_argument("--times", action=argparse.BooleanOptionalAction, default=True)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"trace-{today}.md")
     chosen = parser.parse_args()
-    rows = compare(draw(chosen.settings, chosen.seed))
-    text = report(rows)
+    cases = draw(chosen.settings, chosen.seed)
+    text = report(compare(cases, traced(cases, chosen.rows, chosen.processes)))
+    if chosen.times:
+        text += "\n" + times_report([timed(*plan) for plan in PLANS])
     chosen.out.write_text(text, encoding="utf-8")
     print(text)
 
@@ -131,27 +175,100 @@ def settings(
     )  # fmt: skip
 
 
-def compare(cases: list[tuple[ModelSpec, MemorySettings]]) -> list[Compared]:
-    """Ask both; the tracer in one process of its own."""
-    lines = [msgspec.json.encode({"spec": spec, "settings": one}) for spec, one in cases]
-    answer = subprocess.run(
-        [sys.executable, "-P", "-m", "advisor.train.trace"], input=b"\n".join(lines), capture_output=True,
-        check=False,
-    )  # fmt: skip
-    found = [msgspec.json.decode(line) for line in answer.stdout.splitlines() if line.startswith(b"{")]
-    if len(found) != len(cases):
-        print(f"Stopped at {cases[len(found)]}\n{answer.stderr.decode()[-3000:]}")
+def question(spec: ModelSpec, one: MemorySettings) -> str:
+    """Return what the tracer is asked."""
+    return msgspec.json.encode({"spec": spec, "settings": one}).decode()
+
+
+def traced(
+    cases: list[tuple[ModelSpec, MemorySettings]], rows: Path, processes: int
+) -> dict[str, TracedPeaks]:
+    """Return the answers of the tracer by question, those of earlier runs among them."""
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
+    found = {row.question: row.peaks for row in (msgspec.json.decode(line, type=Row) for line in lines)}
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for asked in dict.fromkeys(question(*case) for case in cases):
+        if asked not in found:
+            waiting.put(asked)
+    with rows.open("ab") as kept, ThreadPoolExecutor(processes) as pool:
+        list(pool.map(lambda _: _ask(waiting, found, kept), range(processes)))
+    return found
+
+
+def _ask(waiting: queue.SimpleQueue[str], found: dict[str, TracedPeaks], kept: BinaryIO) -> None:
+    """Ask one process of the tracer until nothing waits."""
+    with subprocess.Popen(TRACER, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        while not waiting.empty():
+            asked = waiting.get()
+            process.stdin.write(asked.encode() + b"\n")
+            process.stdin.flush()
+            answer = next((line for line in process.stdout if line.startswith(b"{")), None)
+            if answer is None:
+                raise SystemExit(f"The tracer ended at {asked}")
+            found[asked] = msgspec.json.decode(answer, type=TracedPeaks)
+            kept.write(msgspec.json.encode(Row(question=asked, peaks=found[asked])) + b"\n")
+            kept.flush()
+        process.stdin.close()
+
+
+def compare(cases: list[tuple[ModelSpec, MemorySettings]], found: dict[str, TracedPeaks]) -> list[Compared]:
+    """Put both figures beside each other."""
     rules = knowledge.load().rules["memory"]
     rows = []
-    for (spec, one), peaks in zip(cases, found, strict=False):
-        closed, traced = estimate_memory(spec, one, rules), traced_estimate(spec, one, rules, peaks)
+    for spec, one in cases:
+        peaks = found[question(spec, one)]
+        closed, followed = estimate_memory(spec, one, rules), traced_estimate(spec, one, rules, peaks)
         rows.append(
             Compared(
                 family=spec.model_type, settings=one, closed=closed.allocated_bytes.expected,
-                traced=traced.allocated_bytes.expected, phases=f"{closed.phase}, {traced.phase}",
+                traced=followed.allocated_bytes.expected, phases=f"{closed.phase}, {followed.phase}",
             )
         )  # fmt: skip
     return rows
+
+
+def timed(name: str, wanted: dict[str, Any]) -> Timed:
+    """Trace one plan in a process of its own, from its start to its end."""
+    spec, one = shortened(name, knowledge.load().models[name].layers), MemorySettings(**wanted)
+    rules = knowledge.load().rules["memory"]
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    answer = subprocess.run(TRACER, input=question(spec, one).encode(), capture_output=True, check=True)
+    wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    peaks = msgspec.json.decode(answer.stdout.splitlines()[-1], type=TracedPeaks)
+    closed, followed = estimate_memory(spec, one, rules), traced_estimate(spec, one, rules, peaks)
+    return Timed(
+        what=f"{name}, {described(one)}", wall_seconds=wall,
+        processor_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        blocks=", ".join(map(str, peaks.traced_blocks)) or "all",
+        error=closed.allocated_bytes.expected / followed.allocated_bytes.expected - 1,
+    )  # fmt: skip
+
+
+def times_report(rows: list[Timed]) -> str:
+    """Return the table of times in Markdown."""
+    lines = [
+        "## Time of the tracer", "",
+        "One process a plan, imports included; a model of more than 48 blocks is traced at smaller depths.",
+        "", "| plan | traced blocks | seconds | processor seconds | closed form against it |",
+        "|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {row.what} | {row.blocks} | {row.wall_seconds:.1f} | {row.processor_seconds:.1f} "
+        f"| {row.error:+.2%} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def described(one: MemorySettings) -> str:
+    """Return a setting in words."""
+    return (
+        f"{one.tuner} {one.objective}, {one.micro_batch} x {one.seq_len}, {one.target}, {one.precision} on "
+        f"{one.weight_bits} bits, {one.loss}{', recomputed' if one.gradient_checkpointing else ''}"
+    )
 
 
 def report(rows: list[Compared]) -> str:
@@ -182,14 +299,9 @@ def report(rows: list[Compared]) -> str:
     ]
     lines += ["|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda one: -abs(one.error))[:25]:
-        s = row.settings
-        what = (
-            f"{s.tuner} {s.objective}, {s.micro_batch} x {s.seq_len}, {s.target}, {s.precision} on "
-            f"{s.weight_bits} bits, {s.loss}{', recomputed' if s.gradient_checkpointing else ''}"
-        )
         lines.append(
-            f"| {row.family} | {what} | {row.phases} | {row.closed / 2**30:.2f} | {row.traced / 2**30:.2f} "
-            f"| {row.error:+.1%} |"
+            f"| {row.family} | {described(row.settings)} | {row.phases} | {row.closed / 2**30:.2f} "
+            f"| {row.traced / 2**30:.2f} | {row.error:+.1%} |"
         )
     return "\n".join(lines) + "\n"
 

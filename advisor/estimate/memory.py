@@ -16,7 +16,7 @@ from advisor.estimate import activations as act
 from advisor.estimate import adapted, states
 from advisor.estimate.layers import Layout, layout, targeted
 from advisor.estimate.tunable import LOW_RANK, VIRTUAL, count, outputs, trainable_parameters, tuner_name
-from advisor.types import Band, MemoryEstimate, MemorySettings, ModelSpec, Part, Record
+from advisor.types import Band, MemoryEstimate, MemorySettings, ModelSpec, Part, Record, TracedPeaks
 
 __all__ = ["estimate_memory", "traced_estimate", "trainable_parameters"]
 
@@ -86,7 +86,7 @@ def _estimate(
 
 
 def traced_estimate(
-    spec: ModelSpec, settings: MemorySettings, rules: Mapping[str, Any], peaks: Mapping[str, int]
+    spec: ModelSpec, settings: MemorySettings, rules: Mapping[str, Any], peaks: TracedPeaks
 ) -> MemoryEstimate:
     """Make an estimate of peaks that the tracer found: the same device layer and band as the closed form has.
 
@@ -94,15 +94,23 @@ def traced_estimate(
         spec: the model.
         settings: what was traced.
         rules: tables of kb/rules/memory.toml.
-        peaks: bytes of live tensors by phase, from `python -m advisor.train.trace`.
+        peaks: from `python -m advisor.train.trace`.
     """
     case = _case(spec, settings, rules)
-    phase = max((name for name in peaks if name != "steady"), key=lambda name: peaks[name])
+    phase, most = peaks.fullest
     parts = [
-        case.part("steady", peaks["steady"], "live tensors before the step, traced"),
-        case.part("step", peaks[phase] - peaks["steady"], f"live tensors of {phase}, traced"),
+        case.part("steady", peaks.steady, "live tensors before the step, traced"),
+        case.part("step", most - peaks.steady, f"live tensors of {phase}, traced"),
     ]
-    return _estimate(case, phase, parts, engine="trace")
+    found = _estimate(case, phase, parts, engine="trace")
+    if not peaks.traced_blocks:
+        return found
+    depths = ", ".join(map(str, peaks.traced_blocks))
+    note = (
+        f"extrapolated: traced with {depths} blocks, and the growth from one depth to the next continued "
+        f"to {spec.shape.layers}"
+    )
+    return structs.replace(found, notes=(*found.notes, note))
 
 
 def _sum(parts: Iterable[Part]) -> int:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import msgspec
 
+import advisor
 from advisor.errors import AdvisorError, InputError
 from advisor.estimate.memory import traced_estimate
 from advisor.knowledge import Knowledge
 from advisor.probe.software import installed_packages
 from advisor.run.launch import QUIET_AND_OFFLINE, require_installed
 from advisor.storage import write_atomic
-from advisor.types import MemoryEstimate, MemorySettings, ModelSpec
+from advisor.types import MemoryEstimate, MemorySettings, ModelSpec, TracedPeaks
 
 REFUSAL = "advisor.errors.RefusedError: "
 
@@ -41,11 +42,18 @@ def trace(spec: ModelSpec, settings: MemorySettings, knowledge: Knowledge, cache
     require_installed(("torch", "transformers", "peft", "trl"))
     question = msgspec.json.encode({"spec": spec, "settings": settings})
     versions = msgspec.json.encode(installed_packages(), order="sorted")
-    kept = cache / "traces" / f"{hashlib.sha256(question + versions).hexdigest()[:32]}.json"
+    kept = cache / "traces" / f"{hashlib.sha256(question + versions + _tracer()).hexdigest()[:32]}.json"
     if not kept.is_file():
         write_atomic(kept, _ask(question))
-    peaks = msgspec.json.decode(kept.read_bytes(), type=dict[str, int])
+    peaks = msgspec.json.decode(kept.read_bytes(), type=TracedPeaks)
     return traced_estimate(spec, settings, knowledge.rules["memory"], peaks)
+
+
+def _tracer() -> bytes:
+    """What the tracer itself is: an answer of an older one is not taken from the cache."""
+    return b"".join(
+        path.read_bytes() for path in sorted((Path(advisor.__file__).parent / "train").glob("trace*.py"))
+    )
 
 
 def _ask(question: bytes) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 
 from advisor import knowledge
 from advisor.estimate.memory import estimate_memory, traced_estimate
-from advisor.types import MemorySettings, ModelSpec
+from advisor.types import MemorySettings, ModelSpec, TracedPeaks
 from tests.unit.estimate_cases import spec
 
 RULES = knowledge.load().rules["memory"]
@@ -67,16 +67,19 @@ def real_peaks(cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[int]
     return [measure(model, MemorySettings(**given), "cpu").peak for model, given in cases]
 
 
-def ask(cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[dict[str, int]]:
-    """Trace in a process of its own, as everyone must: the tracer replaces functions of torch."""
+def run(script: str, cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[bytes]:
+    """Give cases to a process of its own, as everyone must: the tracer replaces functions of torch."""
     lines = [msgspec.json.encode({"spec": m, "settings": MemorySettings(**given)}) for m, given in cases]
     answer = subprocess.run(
-        [sys.executable, "-m", "advisor.train.trace"],
-        input=b"\n".join(lines),
-        capture_output=True,
-        check=True,
+        [sys.executable, "-c", script], input=b"\n".join(lines), capture_output=True, check=True
     )
-    return [msgspec.json.decode(line) for line in answer.stdout.splitlines() if line.startswith(b"{")]
+    return answer.stdout.splitlines()
+
+
+def ask(cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[TracedPeaks]:
+    """Trace as `python -m advisor.train.trace` does."""
+    found = run("from advisor.train.trace import main; main()", cases)
+    return [msgspec.json.decode(line, type=TracedPeaks) for line in found if line.startswith(b"{")]
 
 
 @pytest.mark.slow
@@ -98,12 +101,68 @@ def test_the_closed_form_agrees_with_the_tracer() -> None:
 def test_the_tracer_agrees_with_real_steps() -> None:
     """Three small models train two real steps on the processor: within 2% of what the profiler counts."""
     for (model, given), traced, real in zip(REAL, ask(REAL), real_peaks(REAL), strict=True):
-        peak = max(value for name, value in traced.items() if name != "steady")
-        assert peak == pytest.approx(real, rel=0.02), (model.model_type, given)
+        assert traced.fullest[1] == pytest.approx(real, rel=0.02), (model.model_type, given)
+
+
+BOTH = """
+import sys
+import msgspec
+from advisor.train.trace import Question, extrapolate, moments
+from advisor.train.trace_standins import prepare
+from advisor.types import MemorySettings
+for line in sys.stdin.buffer:
+    asked = msgspec.json.decode(line, type=Question)
+    prepare(asked.settings)
+    whole, some = moments(asked.spec, asked.settings), extrapolate(asked.spec, asked.settings)
+    backward = max(whole[name] for name in ("head", "last", "middle", "first"))
+    print(backward, whole["optimizer"], some.backward, some.optimizer, *some.traced_blocks)
+"""
+DEEP: tuple[tuple[ModelSpec, dict[str, Any]], ...] = (
+    (spec(heads=4, kv_heads=2, **{**SMALL, "layers": 20}), {"seq_len": 256}),
+    (
+        spec(heads=4, kv_heads=2, **{**SMALL, "layers": 20}),
+        {"tuner": "full", "accumulate": False, "loss": "full_logits", "gradient_checkpointing": False},
+    ),
+)
+
+
+@pytest.mark.slow
+def test_a_deep_model_is_extrapolated_from_smaller_depths() -> None:
+    """What 4, 8 and 12 blocks hold says what 20 hold, to a thousandth, wherever the peak moves to."""
+    found = [line.split() for line in run(BOTH, DEEP)]
+    assert len(found) == len(DEEP)
+    for backward, optimizer, backward_then, optimizer_then, *depths in found:
+        assert int(backward_then) == pytest.approx(int(backward), rel=0.001)
+        assert int(optimizer_then) == pytest.approx(int(optimizer), rel=0.001)
+        assert [int(depth) for depth in depths] == [4, 8, 12]
+
+
+def test_an_extrapolated_trace_says_so() -> None:
+    """The estimate names the depths that were traced."""
+    peaks = TracedPeaks(steady=10, forward=20, backward=30, optimizer=25, traced_blocks=(4, 8, 12))
+    found = traced_estimate(LLAMA, MemorySettings(), RULES, peaks)
+    assert any("extrapolated: traced with 4, 8, 12 blocks" in note for note in found.notes)
+    assert found.phase == "backward"
+
+
+REFUSALS = """
+import sys
+import msgspec
+from advisor.errors import RefusedError
+from advisor.train.trace import Question, trace
+for line in sys.stdin.buffer:
+    asked = msgspec.json.decode(line, type=Question)
+    try:
+        trace(asked.spec, asked.settings)
+    except RefusedError as error:
+        print(error)
+"""
 
 
 def test_what_is_not_traced_is_refused() -> None:
-    """A tuner that the tracer does not know ends it with the ones that it does."""
-    with pytest.raises(subprocess.CalledProcessError) as failure:
-        ask(((LLAMA, {"tuner": "adapter"}),))
-    assert b"prompt_tuning" in failure.value.stderr
+    """A tuner that the tracer does not know is refused with those that it does; so is layer-norm tuning of a
+    family for which PEFT names no layers."""
+    phi = spec("phi3", heads=16, kv_heads=16, tied=False, **WIDE)
+    unknown, unnamed = run(REFUSALS, ((LLAMA, {"tuner": "adapter"}), (phi, {"tuner": "ln_tuning"})))
+    assert b"prompt_tuning" in unknown
+    assert b"PEFT names no layers of phi3" in unnamed
