@@ -21,6 +21,8 @@ import orjson
 from advisor.errors import DiskError
 
 Event = dict[str, Any]
+WHOLE_NUMBERS = {"step": ("step", "total"), "checkpoint": ("step",)}
+"""Event -> what it must say to be one; a line without it was damaged."""
 
 
 class EventWriter:
@@ -82,8 +84,8 @@ class EventReader:
         self._offset = path.stat().st_size if from_end and path.exists() else 0
 
     def new_events(self) -> list[Event]:
-        """Return the complete new lines; a line that is not a JSON object with an event name is passed
-        over."""
+        """Return the complete new lines; a line that is not a JSON object with an event's name and numbers is
+        passed over."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
@@ -111,4 +113,11 @@ def _decode(line: bytes) -> Event | None:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-    return value if isinstance(value, dict) and isinstance(value.get("event"), str) else None
+    if not isinstance(value, dict) or not isinstance(value.get("event"), str):
+        return None
+    numbers = WHOLE_NUMBERS.get(value["event"], ())
+    loss = value.get("loss")
+    sound = all(isinstance(value.get(name), int) for name in numbers) and not isinstance(
+        loss, str | list | dict
+    )
+    return value if sound else None

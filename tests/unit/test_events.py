@@ -19,7 +19,7 @@ def test_written_events_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with EventWriter(path, "sft") as events:
         events.write("start", resume=False)
-        events.write("step", step=1, loss=2.5)
+        events.write("step", step=1, total=2, loss=2.5)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["event"] for line in lines] == ["start", "step"]
     assert all(line["stage"] == "sft" and line["time"].endswith("Z") for line in lines)
@@ -29,7 +29,7 @@ def test_written_events_are_read_back(tmp_path: Path) -> None:
 def test_a_number_that_is_not_finite_becomes_null(tmp_path: Path) -> None:
     """Every line stays valid JSON even when a loss is not a number."""
     with EventWriter(tmp_path / "e", "sft") as events:
-        events.write("step", loss=math.nan)
+        events.write("step", step=1, total=2, loss=math.nan)
     assert next(read_events(tmp_path / "e"))["loss"] is None
 
 
@@ -64,6 +64,18 @@ def test_a_cut_last_line_is_passed_over_and_closed(
         events.write("third")
     names = [e["event"] for e in read_events(path)]
     assert names in (["first", "third"], ["first", "second", "third"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\xff\xfe", b"[1]", b'{"event": 1}', b'{"event": "step"}', b'{"event": "checkpoint", "step": "x"}',
+     b'{"event": "step", "step": 1, "total": null}', b'{"event": "heldout", "loss": "low"}']
+)  # fmt: skip
+def test_a_damaged_line_costs_that_line_only(tmp_path: Path, line: bytes) -> None:
+    """What is no event, or lacks the numbers of one, is passed over wherever it stands."""
+    sound = b'{"event": "step", "step": 1, "total": 2, "loss": null}\n'
+    (tmp_path / "e").write_bytes(sound + line + b"\n" + sound)
+    assert len(list(read_events(tmp_path / "e"))) == 2
 
 
 def test_a_reader_waits_for_the_rest_of_a_line(tmp_path: Path) -> None:
