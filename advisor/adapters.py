@@ -22,7 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from advisor.errors import InputError, ModelError, RefusedError, UnknownNameError
 from advisor.export.checkpoint import read_json
-from advisor.export.source import find_trained
+from advisor.export.source import adapters_apart, find_trained
 from advisor.probe.host import memory
 from advisor.probe.load import free_cores
 from advisor.resources import starter_dir
@@ -61,7 +61,7 @@ def find_voices(
         ModelError, HubError: the base of an adapter is out of reach.
     """
     found: dict[str, Voice] = {}
-    for place in places:
+    for place in (one for given in places for one in adapters_apart(given) or (given,)):
         trained = find_trained(_result(place), offline=offline, on_progress=on_progress)
         config = read_json(Path(trained.adapter) / ADAPTER_CONFIG) if trained.adapter else {}
         judge = any("SequenceClassification" in name for name in trained.config.get("architectures") or ())

@@ -63,6 +63,12 @@ def read_finished(folder: Path, *, taken: Collection[str]) -> Finished:
             "Plan anew with the data of both tasks (--data OLD --data NEW), or with lora for the next run.",
             code="cannot_continue",
         )
+    if plan.apart:
+        raise RefusedError(
+            f"{folder} trained an adapter for each task; it is not known which one should go on.",
+            "Train the new task as one more adapter: ftadvisor plan --data NEW, and talk to all of them.",
+            code="cannot_continue",
+        )
     names = {
         profile.name: profile.name if profile.name not in taken else f"earlier-{profile.name}"
         for profile in plan.datasets

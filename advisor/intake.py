@@ -21,6 +21,7 @@ from advisor.probe.calibration import measured_rates
 from advisor.probe.dataset import profile_dataset
 from advisor.probe.hardware import probe_hardware
 from advisor.probe.model import read_model, tokenizer_file
+from advisor.resources import base_chat_template
 from advisor.scenario import declared_hardware, name_model
 from advisor.storage import read_yaml
 from advisor.types import DatasetProfile, Goal, Hardware, ModelSpec, Scenario
@@ -196,9 +197,15 @@ def _profile(text: str, spec: ModelSpec | None, inputs: Inputs, notify: Notify) 
         source,
         name=name or Path(source).stem,
         tokenizer_file=tokenizer_file(spec) if spec is not None else None,
-        chat_template=spec.chat_template if spec else None,
+        chat_template=_template(spec) if spec else None,
         offline=inputs.offline,
     )
+
+
+def _template(spec: ModelSpec) -> str | None:
+    """Return the template that turns are written with in training; None where that cannot be known."""
+    given = any(finding.code == "no_chat_template" for finding in spec.findings)
+    return spec.chat_template or (base_chat_template() if given else None)
 
 
 def _goal(inputs: Inputs) -> Goal:

@@ -66,12 +66,13 @@ def _before(number: int, stages: Sequence[Stage], *, marks: bool) -> str | None:
 def _recipe(number: int, plan: Plan, model: PlanModel, packages: Mapping[str, str], seed: int) -> Recipe:
     stage = plan.stages[number - 1]
     judge = _before(number, plan.stages, marks=True) if stage.objective in ("rloo", "grpo") else None
+    before = None if plan.apart else _before(number, plan.stages, marks=False)
     named = {profile.name: profile for profile in plan.datasets}
     return Recipe(
         program=stage.program, objective=stage.objective, tuner=plan.method,
         model=RecipeModel(
             id=model.id, path=model.path, revision=model.revision,
-            after=_before(number, plan.stages, marks=False) or _start(plan),
+            after=before or _start(plan),
         ),
         datasets=tuple(_dataset(named[name], plan.start) for name in stage.datasets if name in named),
         settings={**stage.settings, **({"reward_model": judge} if judge else {})}, seed=seed,

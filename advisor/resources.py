@@ -38,6 +38,11 @@ def kb_overlay_dir() -> Path | None:
     return Path(value) if value else None
 
 
+def base_chat_template() -> str:
+    """Return the chat template that a model without one is given; it adds no tokens."""
+    return (kb_dir() / "base_chat_template.jinja").read_text(encoding="utf-8")
+
+
 def recipes_dir() -> Path:
     """Return the folder with the training programs."""
     return _data_root() / "recipes"

@@ -563,6 +563,8 @@ class Plan(Record, frozen=True, kw_only=True):
     """How many devices `parallel` spreads over."""
     start: StartFrom | None = None
     """The earlier run that the first stage goes on from."""
+    apart: bool = False
+    """True when every stage begins from the base and trains an adapter of its own, for one dataset each."""
 
 
 # --- the recipe ----------------------------------------------------------------------------------
@@ -800,6 +802,8 @@ class StageOutcome(Record, frozen=True, kw_only=True):
     whole_peak_bytes: Band | None = None
     predicted_tokens_per_second: Band | None
     tokens_per_second: float | None
+    heldout_loss_before: float | None = None
+    heldout_loss_after: float | None = None
 
 
 class RunReport(Record, frozen=True, kw_only=True):
@@ -1115,6 +1119,10 @@ class TunerFacts(Record, frozen=True, kw_only=True):
     packing: bool = True
     program: str = ""
     """Folder under recipes/ that trains it in place of the objective's."""
+    elsewhere: str = ""
+    """Why it is not trained with the objectives whose programs do not list it."""
+    apart: bool = False
+    """True when the result is a small folder beside the base, so that each task can have its own."""
     adds_latency: bool = False
     gguf: Literal["merged", "merged_or_lora", "virtual_tokens", "sequence_state", "none"]
     gguf_note: str = ""

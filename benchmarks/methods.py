@@ -53,11 +53,11 @@ from advisor.estimate.memory import trainable_parameters  # noqa: E402
 from advisor.export.exporter import export_model  # noqa: E402
 from advisor.knowledge import load  # noqa: E402
 from advisor.plan import make_plan  # noqa: E402
-from advisor.plan.settings import program_of  # noqa: E402
 from advisor.probe.host import cpu_identity  # noqa: E402
 from advisor.probe.model import read_model  # noqa: E402
 from advisor.probe.software import installed_packages  # noqa: E402
 from advisor.recipe import recipes_of  # noqa: E402
+from advisor.recommend.gates import program_of  # noqa: E402
 from advisor.resources import starter_dir  # noqa: E402
 from advisor.storage import encode_yaml  # noqa: E402
 from advisor.train import bottleneck, session  # noqa: E402
@@ -70,7 +70,7 @@ from training import events_of, run_here  # noqa: E402
 
 HIGHER_IS_BETTER = ("margin", "reward")
 REINFORCED = ("rloo", "grpo")
-ROWS, PROMPTS = 96, 24
+ROWS, PROMPTS, CLASSES = 96, 24, 2
 PROBE = torch.arange(4, 68).reshape(2, 32)
 """Token ids whose logits are compared, of shape (2, 32)."""
 LEAST_GAIN = 0.01
@@ -243,7 +243,7 @@ def predicted_count(recipe: Recipe, spec: ModelSpec) -> int:
     """Return how many weights the planner says are trained."""
     fields = MemorySettings.__struct_fields__
     known = {name: value for name, value in recipe.settings.items() if name in fields and value is not None}
-    given = {**known, "tuner": recipe.tuner, "objective": recipe.objective}
+    given = {**known, "tuner": recipe.tuner, "objective": recipe.objective, "classes": labels_of(recipe)}
     return trainable_parameters(spec, msgspec.convert(given, MemorySettings))
 
 
@@ -276,16 +276,21 @@ def logits_of(model: Any) -> torch.Tensor:
 def logits_reloaded(folder: Path, recipe: Recipe) -> torch.Tensor:
     """Load a result as anyone does, on the base as it lies on disk, and return what it says of the probe."""
     result = result_of(folder)
-    marks = recipe.objective == "reward"
+    labels = labels_of(recipe)
     if result.name == "model":
-        kind = AutoModelForSequenceClassification if marks else AutoModelForCausalLM
+        kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
         return logits_of(kind.from_pretrained(result))
     known = {name: recipe.settings[name] for name in Settings.__struct_fields__ if name in recipe.settings}
-    base = load_model(recipe.model, msgspec.convert(known, Settings), labels=1 if marks else 0)
+    base = load_model(recipe.model, msgspec.convert(known, Settings), labels=labels)
     if bottleneck.is_saved_in(result):
         bottleneck.load(base, result)
         return logits_of(base)
     return logits_of(PeftModel.from_pretrained(base, str(result)))
+
+
+def labels_of(recipe: Recipe) -> int:
+    """Return how many outputs a result has in place of a vocabulary."""
+    return CLASSES if recipe.tuner == "classifier_head" else int(recipe.objective == "reward")
 
 
 def weights_of(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from advisor.errors import InputError, ModelError, RefusedError
+from advisor.errors import InputError, RefusedError
 from advisor.probe.software import installed_packages
 from advisor.recipe import EARLIER, recipes_of
 from advisor.run.folder import create_run_folder, default_name
@@ -29,18 +29,8 @@ def require_trainable(plan: Plan, scenario: Scenario) -> None:
     """Refuse a plan that should not be trained as asked, unless the person forces it.
 
     Raises:
-        ModelError: the model cannot be taught turns.
         RefusedError: nothing fits, or the advice is to do something else first.
     """
-    findings = scenario.spec.findings if scenario.spec else ()
-    turns = any(stage.objective != "cpt" for stage in plan.stages) and plan.method != "classifier_head"
-    if turns and any(finding.code == "no_chat_template" for finding in findings):
-        raise ModelError(
-            f"{scenario.model} has no chat template, so it is not known how it marks questions and answers.",
-            "Choose the instruction-tuned model of the family (its name often ends in -Instruct or -it), or "
-            "put its chat_template.jinja into the folder.",
-            code="chat_template",
-        )
     if not plan.stages:
         raise RefusedError(f"There is nothing to train: {plan.summary}", _next_step(plan), code=plan.verdict)
     _require_reward(plan)

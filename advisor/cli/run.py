@@ -47,7 +47,10 @@ def run(
         if report.evaluation is not None:
             print_text(measured.evaluation(report.evaluation))
         again = "ftadvisor plan --continue EARLIER_RUN --data NEW, with a larger --set replay_fraction=..."
-        print_text(f"Next: {f'ftadvisor export {folder}' if report.ok else again}")
+        # With an adapter for each task, all lie in folders of their own and are talked to together.
+        apart = any(place.startswith("stages/") for place in report.artefacts.values())
+        done = f"ftadvisor chat {folder}" if apart else f"ftadvisor export {folder}"
+        print_text(f"Next: {done if report.ok else again}")
     if not report.ok:
         raise click.exceptions.Exit(1)
 

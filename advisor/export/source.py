@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from advisor.errors import InputError, ModelError
 from advisor.export.checkpoint import read_json
 from advisor.probe.hub import fetch_model
 from advisor.resources import starter_dir
 from advisor.storage import read_record
-from advisor.types import Recipe, RecipeModel, Record
+from advisor.types import Plan, Recipe, RecipeModel, Record
 
 STARTER = "starter"
 
@@ -58,7 +60,15 @@ def find_trained(source: Path, *, offline: bool, on_progress: Callable[[str], No
         )
     recipes = sorted(source.glob("recipe*.yaml"))
     if recipes:
+        if several := adapters_apart(source):
+            raise InputError(
+                f"{source} holds an adapter for each task, and no result of all.",
+                "Name one: " + ", ".join(map(str, several)),
+            )
         return _from_run(source, recipes[-1], offline=offline, on_progress=on_progress)
+    if (source / "adapter" / "adapter_config.json").is_file():
+        found = find_trained(source / "adapter", offline=offline, on_progress=on_progress)
+        return msgspec.structs.replace(found, name=_file_name(source), folder=str(source))
     if (source / "adapter_config.json").is_file():
         named = read_json(source / "adapter_config.json").get("base_model_name_or_path")
         base = _base(RecipeModel(id=str(named)), source, offline=offline, on_progress=on_progress)
@@ -69,6 +79,14 @@ def find_trained(source: Path, *, offline: bool, on_progress: Callable[[str], No
         f"{source} is neither a run folder (no recipe.yaml) nor a model folder (no config.json).",
         "Give the folder that `ftadvisor plan` wrote, or one with config.json and model.safetensors.",
     )
+
+
+def adapters_apart(run: Path) -> tuple[Path, ...]:
+    """Return the folders of the stages where a plan trains one adapter for each dataset; else none."""
+    plan = run / "plan.json"
+    if not plan.is_file() or not read_record(plan, Plan).apart:
+        return ()
+    return tuple(sorted(file.parent for file in run.glob("stages/*/report.json")))
 
 
 def _from_run(run: Path, recipe_file: Path, *, offline: bool, on_progress: Callable[[str], None]) -> Trained:
@@ -90,14 +108,17 @@ def _trained(source: Path, *, base: Path, adapter: Path | None, folder: Path) ->
     if not (base / "config.json").is_file():
         raise ModelError(f"The base model folder {base} has no config.json.", "Give a complete model folder.")
     near = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else base
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", source.resolve().name).strip("-.") or "model"
     return Trained(
-        name=name,
+        name=_file_name(source),
         folder=str(folder),
         base=str(base),
         adapter=None if adapter is None else str(adapter),
         tokenizer=str(near),
     )
+
+
+def _file_name(source: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", source.resolve().name).strip("-.") or "model"
 
 
 def _base(model: RecipeModel, near: Path, *, offline: bool, on_progress: Callable[[str], None]) -> Path:

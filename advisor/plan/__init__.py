@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
+
 from advisor.errors import UsageError
 from advisor.estimate.disk import estimate_disk
 from advisor.estimate.memory import estimate_memory
@@ -15,13 +17,14 @@ from advisor.knowledge import Knowledge
 from advisor.plan import overrides as own
 from advisor.plan.case import Case, takes_too_long
 from advisor.plan.export import export_plan
-from advisor.plan.settings import Sheet, program_of, stage_sheet
+from advisor.plan.settings import Sheet, stage_sheet
 from advisor.plan.warn import warnings_of
 from advisor.plan.words import alternatives, assumptions, summary
 from advisor.recommend import Advice, Option, advise, candidates_of
 from advisor.recommend.amount import stage_time
 from advisor.recommend.chains import REINFORCEMENT
 from advisor.recommend.fit import Fit, StageFit
+from advisor.recommend.gates import program_of
 from advisor.recommend.situation import TEXT, datasets_of, rule
 from advisor.types import (
     ExportPlan,
@@ -38,6 +41,8 @@ from advisor.types import (
 from advisor.units import format_bytes
 
 __all__ = ["make_plan"]
+MIXING = frozenset({"mixing_cap", "mixing_temperature"})
+"""Settings of several datasets in one training."""
 
 
 def make_plan(scenario: Scenario, knowledge: Knowledge) -> Plan:
@@ -50,6 +55,7 @@ def make_plan(scenario: Scenario, knowledge: Knowledge) -> Plan:
     option = advice.chosen if advice.decision.instead is None else None
     spec = option.proposal.spec if option else _spec_without_training(advice)
     stages, strange, over = _stages(advice, option, knowledge)
+    stages, apart = _one_each(stages, advice, option)
     export = _export(advice, option, spec, knowledge)
     case = Case(
         advice=advice, option=option, spec=spec, stages=stages, export=export, strange_overrides=strange,
@@ -63,7 +69,7 @@ def make_plan(scenario: Scenario, knowledge: Knowledge) -> Plan:
         export=case.export, warnings=warnings_of(case, knowledge), alternatives=alternatives(case, knowledge),
         candidates=candidates_of(advice, knowledge), summary=summary(case, verdict, knowledge),
         assumptions=assumptions(case, knowledge), hardware=scenario.hardware,
-        datasets=situation.train + situation.earlier, goal=scenario.goal, start=scenario.start,
+        datasets=situation.train + situation.earlier, goal=scenario.goal, start=scenario.start, apart=apart,
     )  # fmt: skip
 
 
@@ -121,6 +127,25 @@ def _stages(
             over = over or _too_much(estimate, advice)
         stages.append(_stage(fitted, sheet, estimate, time, option, option.fit, advice, knowledge))
     return tuple(stages), tuple(strange), over
+
+
+def _one_each(
+    stages: tuple[Stage, ...], advice: Advice, option: Option | None
+) -> tuple[tuple[Stage, ...], bool]:
+    """One stage a dataset where each task or tenant gets an adapter of its own and all data are at hand."""
+    situation = advice.situation
+    paths = [d.path for d in situation.demos]
+    if option is None or len(stages) != 1 or len(paths) < 2 or None in paths or situation.scenario.start:
+        return stages, False
+    if not situation.separate or situation.earlier or not option.proposal.facts.apart:
+        return stages, False
+    (stage,) = stages
+    settings = {name: value for name, value in stage.settings.items() if name not in MIXING}
+    why = {name: reason for name, reason in stage.why.items() if name not in MIXING}
+    return tuple(
+        msgspec.structs.replace(stage, settings=settings, why=why, datasets=(name,))
+        for name in stage.datasets
+    ), True
 
 
 def _again(

@@ -34,7 +34,7 @@ class Case(Record, frozen=True, kw_only=True):
     @property
     def objectives(self) -> tuple[str, ...]:
         """Objectives that are trained."""
-        return tuple(stage.objective for stage in self.stages)
+        return tuple(dict.fromkeys(stage.objective for stage in self.stages))
 
     @property
     def rows(self) -> int:

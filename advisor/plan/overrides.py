@@ -15,10 +15,10 @@ import msgspec
 from advisor.errors import RefusedError, UnknownNameError, UsageError
 from advisor.knowledge import Knowledge
 from advisor.plan.learning_rate import rate_facts
-from advisor.plan.settings import Sheet, program_of
+from advisor.plan.settings import Sheet
 from advisor.programs import check_value
 from advisor.recommend.chains import REINFORCEMENT
-from advisor.recommend.gates import Proposal
+from advisor.recommend.gates import Proposal, program_of
 from advisor.recommend.reasons import because
 from advisor.recommend.situation import rule
 from advisor.types import MemorySettings, Objective, ProgramKey, StartFrom, Value

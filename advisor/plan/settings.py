@@ -14,7 +14,7 @@ from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
 from advisor.recommend.fit import Fit, StageFit
 from advisor.recommend.reasons import because
 from advisor.recommend.situation import Situation, counted_rows, datasets_of, rule, unequal_ratio
-from advisor.types import Objective, TimeEstimate, TunerFacts, Value, Why
+from advisor.types import TimeEstimate, Value, Why
 from advisor.units import format_bytes
 
 
@@ -35,11 +35,6 @@ class Sheet:
         """Add or replace one setting with a sentence of kb/rules/reasons.toml."""
         why = because(self.knowledge, "setting", key, **figures)
         self.put(name, value, why.reason, why.source)
-
-
-def program_of(objective: Objective, facts: TunerFacts, knowledge: Knowledge) -> str:
-    """The folder under recipes/ that trains a stage: the tuner's own program, else the objective's."""
-    return facts.program or knowledge.objectives[objective].program
 
 
 def stage_sheet(

@@ -53,7 +53,11 @@ def _what(case: Case, verdict: Verdict, knowledge: Knowledge) -> str:
     title = knowledge.tuners[case.tuner].title
     chain = ", then ".join(short_name(o, knowledge) for o in case.objectives)
     size = format_count(case.spec.parameters)
-    return f"{_lead(case, verdict, knowledge)}{title} with {chain} on {case.spec.id} ({size} parameters)."
+    many = len(case.stages) if len(case.stages) > len(case.objectives) else 0
+    each = f", one result for each of {many} datasets" if many else ""
+    return (
+        f"{_lead(case, verdict, knowledge)}{title} with {chain} on {case.spec.id} ({size} parameters){each}."
+    )
 
 
 def _file(target: ExportPlan) -> str:
@@ -185,6 +189,12 @@ def assumptions(case: Case, knowledge: Knowledge) -> tuple[str, ...]:
         )
     if case.situation.named.how == "words":
         said.append(f"No model is called {case.situation.named.asked!r}; one was chosen.")
+    spec, turns = case.situation.spec, set(case.objectives) - {"cpt"}
+    if spec and turns and any(finding.code == "no_chat_template" for finding in spec.findings):
+        said.append(
+            f"{spec.id} has no chat template: it is given a plain one (### User: and ### Assistant:), and "
+            "each answer ends with its own end token."
+        )
     hardware = case.situation.scenario.hardware
     if hardware.origin == "declared":
         ram = format_bytes(hardware.ram_bytes)

@@ -230,7 +230,7 @@ def findings_of(folder: Path, tokens: Tokens, template: str | None) -> list[Find
                 code="no_chat_template",
                 severity="warning",
                 message="The model has no chat template; it is a base model, or its template was lost.",
-                remedy="Take the instruct model of the family, or train with a standard template.",
+                remedy="Take the instruct model of the family; this one is trained with a plain template.",
             )
         )
     if tokens.pad and tokens.pad == tokens.eos:

@@ -52,7 +52,7 @@ def objection_to_model(spec: ModelSpec, situation: Situation, knowledge: Knowled
 def objection_to_tuner(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
     """The first rule that a tuner breaks on this model."""
     for gate in (
-        _platform, _bias, _layers, _nothing_to_keep, _head, _chain_fits, _export, _separate, _scale, _latency,
+        _platform, _chain_fits, _bias, _layers, _nothing_to_keep, _head, _export, _separate, _scale, _latency,
         _storage, _few_rows, _forgets,
     ):  # fmt: skip
         if objection := gate(proposal, situation, knowledge):
@@ -157,11 +157,17 @@ def _head(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Obj
 
 
 def _chain_fits(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:
-    if proposal.facts.group in ("full", "lora", "classifier_head"):
+    programs = {o: knowledge.programs.get(program_of(o, proposal.facts, knowledge)) for o in proposal.chain}
+    other = [o for o, program in programs.items() if program and proposal.tuner not in program.tuners]
+    if not other or not proposal.facts.elsewhere:
         return None
-    known = ("sft", "cpt") if proposal.tuner == "osf" else ("sft",)
-    other = [o for o in proposal.chain if o not in known]
-    return object_to(knowledge, "untested_chain", objectives=", ".join(other)) if other else None
+    why, objectives = proposal.facts.elsewhere, ", ".join(other)
+    return object_to(knowledge, "untested_chain", hard=True, objectives=objectives, why=why)
+
+
+def program_of(objective: Objective, facts: TunerFacts, knowledge: Knowledge) -> str:
+    """The folder under recipes/ that trains a stage: the tuner's own program, else the objective's."""
+    return facts.program or knowledge.objectives[objective].program
 
 
 def _export(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> Objection | None:

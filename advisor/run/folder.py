@@ -50,7 +50,12 @@ def recipe_names(plan: Plan) -> list[str]:
     """Return the recipe file names of a plan's stages, in order."""
     if len(plan.stages) == 1:
         return ["recipe.yaml"]
-    return [f"recipe-{number}-{stage.objective}.yaml" for number, stage in enumerate(plan.stages, start=1)]
+    names = [_plain(stage.datasets[0]) if plan.apart else stage.objective for stage in plan.stages]
+    return [f"recipe-{number}-{name}.yaml" for number, name in enumerate(names, start=1)]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "task"
 
 
 def create_run_folder(folder: Path, plan: Plan, recipes: tuple[Recipe, ...]) -> Path:

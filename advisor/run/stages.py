@@ -39,6 +39,8 @@ class Job(Record, frozen=True, kw_only=True):
     estimate: StageEstimate | None
     last: bool = True
     """Whether its result is that of the whole run."""
+    apart: bool = False
+    """Whether every stage has a result of its own."""
 
     @property
     def stage(self) -> str:
@@ -65,6 +67,8 @@ def read_jobs(folder: Path) -> tuple[Job, ...]:
         _job(folder, file, estimates[n] if n < len(estimates) else None, last=file == files[-1])
         for n, file in enumerate(files)
     )
+    if plan is not None and plan.apart:
+        jobs = tuple(msgspec.structs.replace(job, apart=True) for job in jobs)
     if plan is not None and plan.parallel != "none" and any(job.recipe.parallel is None for job in jobs):
         raise RefusedError(
             f"The plan spreads the training over several devices ({plan.parallel}), and a recipe says "
@@ -164,9 +168,9 @@ def is_put_away(job: Job) -> bool:
     return (stage_folder(job) / REPORT).is_file()
 
 
-def put_away(job: Job, report: RunReport) -> None:
+def put_away(job: Job, report: RunReport) -> RunReport:
     """Move the result of a done stage to its folder and drop its checkpoints; the report, written last, says
-    that all is there."""
+    that all is there. Returns it, with the places that hold now."""
     folder, target = Path(job.folder), stage_folder(job)
     target.mkdir(parents=True, exist_ok=True)
     for name in RESULTS:
@@ -178,7 +182,9 @@ def put_away(job: Job, report: RunReport) -> None:
     artefacts = {
         name: str((target / name).relative_to(folder)) for name in WEIGHTS if (target / name).is_dir()
     }
-    write_json(target / REPORT, msgspec.structs.replace(report, artefacts=artefacts))
+    report = msgspec.structs.replace(report, artefacts=artefacts)
+    write_json(target / REPORT, report)
+    return report
 
 
 def require_result(job: Job) -> None:

@@ -89,14 +89,24 @@ def run_plan(
     with FolderLock(folder) as lock:
         finished = _finished(folder, resume=resume)
         if finished is not None:
-            return finished
+            return _beside_the_others(jobs[-1], finished)
         for job in jobs[:-1]:
             if not is_done(job):
                 _run_stage(job, how, lock=lock, on_event=on_event, ask=ask)
             if not is_put_away(job):
                 put_away(job, _report(job, status="done", error=None))
             require_result(job)
-        return _run_stage(jobs[-1], how, lock=lock, on_event=on_event, ask=ask)
+        report = _run_stage(jobs[-1], how, lock=lock, on_event=on_event, ask=ask)
+        return _beside_the_others(jobs[-1], report)
+
+
+def _beside_the_others(job: Job, report: RunReport) -> RunReport:
+    """Put the last of several results with a folder each away too; the run folder keeps its report."""
+    if not job.apart or is_put_away(job):
+        return report
+    report = put_away(job, report)
+    write_json(Path(job.folder) / REPORT, report)
+    return report
 
 
 def _run_stage(job: Job, how: How, *, lock: FolderLock, on_event: OnEvent, ask: Ask) -> RunReport:

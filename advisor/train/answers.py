@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from advisor.errors import ModelError
+from advisor.resources import base_chat_template
 from advisor.rows import Message
 from advisor.templates import (
     TemplateRefusalError,
@@ -34,6 +35,8 @@ class Template(Record, frozen=True, kw_only=True):
     """Whether the template itself says where answers are."""
     bos: str = ""
     eos: str = ""
+    given: bool = False
+    """The model had none and was given a plain one, which is saved with the result."""
 
 
 class Rendered(Record, frozen=True, kw_only=True):
@@ -47,21 +50,19 @@ class Rendered(Record, frozen=True, kw_only=True):
 
 
 def read_template(tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
-    """Examine the tokenizer's chat template.
+    """Examine the tokenizer's chat template; a base model without one is given a plain one.
 
     Raises:
-        ModelError: there is none, or answers do not end with one token, so that the model could not learn to
-        stop.
+        ModelError: answers do not end with one token, so that the model could not learn to stop.
     """
     source = tokenizer.chat_template
     if isinstance(source, dict):
         source = source.get("default")
+    given = not source
     if not source:
-        raise ModelError(
-            f"{name} has no chat template, so it is not known how it marks questions and answers.",
-            "Choose an instruction-tuned model (its name often ends in -Instruct or -it).",
-            code="chat_template",
-        )
+        begins = tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
+        # Named only where there is one: llama.cpp puts another token in place of one that is not there.
+        source = tokenizer.chat_template = ("{{- bos_token -}}" if begins else "") + base_chat_template()
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     end = end_of_turn(source, bos_token=bos, eos_token=eos)
     ids = [] if end is None else tokenizer.encode(end, add_special_tokens=False)
@@ -76,7 +77,9 @@ def read_template(tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
             "Take chat_template.jinja from an instruction-tuned model of the same family.",
             code="chat_template",
         )
-    return Template(source=source, end=end, marked=has_generation_markers(source), bos=bos, eos=eos)
+    return Template(
+        source=source, end=end, marked=has_generation_markers(source), bos=bos, eos=eos, given=given
+    )
 
 
 def render_answers(template: Template, messages: list[Message], tools: Tools) -> Rendered:

@@ -329,6 +329,11 @@ def open_tokenizer(session: Session) -> tuple[PreTrainedTokenizerBase, Template,
     model = session.recipe.model
     tokenizer = load_tokenizer(model)
     template = read_template(tokenizer, model.id)
+    if template.given:
+        words = (
+            f"{model.id} has no chat template and is given a plain one; answers end with {template.end!r}."
+        )
+        session.events.write("note", message=words)
     ending = settle_ending(tokenizer, template.end, rows=embedding_rows(model))
     for change in ending.changed:
         session.events.write("note", message=f"Tokenizer: {change}.")

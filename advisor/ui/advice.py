@@ -40,7 +40,13 @@ def plan(made: Plan, *, expert: bool = False) -> RenderableType:
         if wrong:
             parts += [Rule(f"Data: {profile.name}", align="left", style="quiet"), findings(wrong)]
     for number, stage in enumerate(made.stages, start=1):
-        parts.append(_stage(stage, number, len(made.stages), expert=expert))
+        place = f"Stage {number} of {len(made.stages)}: " if len(made.stages) > 1 else "Training: "
+        if made.apart and number > 1:
+            title = f"{place}{stage.datasets[0]}, with the settings of stage 1"
+            parts.append(Rule(title, align="left", style="quiet"))
+            continue
+        title = f"{place}{stage.objective} on {stage.datasets[0]}" if made.apart else place + stage.objective
+        parts.append(_stage(stage, title, expert=expert))
     if made.export:
         parts += [Rule("Afterwards", align="left", style="quiet"), _export_line(made)]
     parts += _risks(made.warnings, expert=expert)
@@ -63,8 +69,7 @@ def _headline(made: Plan) -> RenderableType:
     return Panel(Text(made.summary), title=titles[made.verdict], title_align="left", border_style="head")
 
 
-def _stage(stage: Stage, number: int, total: int, *, expert: bool) -> RenderableType:
-    title = f"Stage {number} of {total}: {stage.objective}" if total > 1 else f"Training: {stage.objective}"
+def _stage(stage: Stage, title: str, *, expert: bool) -> RenderableType:
     table = columns("Setting", "Value", "Why")
     shown = [name for name in stage.settings if expert or name in MAIN_SETTINGS]
     for name in shown:

@@ -278,6 +278,8 @@ def _outcome(made: StageOutcome) -> str:
         parts.append(_speed(made))
     if made.measured_peak_bytes is not None:
         parts.append(_peak(made))
+    if made.heldout_loss_before is not None and made.heldout_loss_after is not None:
+        parts.append(f"held-out loss {made.heldout_loss_before:.3f} to {made.heldout_loss_after:.3f}")
     return "; ".join(parts)
 
 

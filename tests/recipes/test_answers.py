@@ -18,6 +18,7 @@ pytest.importorskip("torch")
 from transformers import AutoTokenizer
 
 from advisor.errors import DataError, ModelError
+from advisor.templates import TemplateRefusalError
 from advisor.train.answers import Template, read_template, render_answers
 from advisor.train.data import IGNORED, Prepared, Row, mix, prepare, split
 from advisor.train.model import settle_ending
@@ -154,14 +155,34 @@ def test_rows_without_answers_are_counted_or_refused(tokenizer: Any, tmp_path: P
 
 
 def test_a_template_without_an_end_is_refused(tokenizer: Any) -> None:
-    """No template, nothing after an answer, or an end of several tokens: the model could not learn to
-    stop."""
-    for source, says in ((None, "no chat template"), ("{{ messages[-1].content }}", "nothing after"),
+    """Nothing after an answer, or an end of several tokens: the model could not learn to stop."""
+    for source, says in (("{{ messages[-1].content }}", "nothing after"),
                          (UNMARKED.replace("<|im_end|>", " the end."), "tokens")):  # fmt: skip
         tokenizer.chat_template = source
         with pytest.raises(ModelError, match=says) as caught:
             read_template(tokenizer, "tiny")
         assert caught.value.code == "chat_template"
+
+
+def test_a_base_model_is_given_a_template(tokenizer: Any) -> None:
+    """Answers are trained with the tokenizer's own end token and nothing else; tools have no form in it."""
+    tokenizer.chat_template, tokenizer.eos_token = None, "<|endoftext|>"
+    template = read_template(tokenizer, "tiny")
+    assert (template.given, template.end, tokenizer.chat_template) == (True, "<|endoftext|>", template.source)
+    turns: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So."}, {"role": "user", "content": "Really?"},
+        {"role": "assistant", "content": "Yes."},
+    ]  # fmt: skip
+    found = render_answers(template, turns, None)
+    assert [found.text[start:stop] for start, stop in found.spans] == [
+        "So.<|endoftext|>",
+        "Yes.<|endoftext|>",
+    ]
+    assert found.text.startswith("Be brief.\n\n### User:\nWhy?\n\n### Assistant:\nSo.")
+    assert found.prompt == found.text[: found.spans[-1][0]]
+    with pytest.raises(TemplateRefusalError, match="no form for tools"):
+        render_answers(template, turns, [{"type": "function", "function": {"name": "f"}}])
 
 
 def test_the_end_of_turn_becomes_the_end_token(tokenizer: Any) -> None:

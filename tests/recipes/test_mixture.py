@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisor.types import RecipeDataset
-from training import events_of, make_run, rows, run_here, write_rows
+from advisor.types import Plan, RecipeDataset
+from training import events_of, make_run, rows, run, run_here, write_rows
 
 torch = pytest.importorskip("torch")
 
+from advisor.adapters import find_voices  # noqa: E402
+from advisor.cli.planning import write_plan  # noqa: E402
+from advisor.errors import InputError, RefusedError  # noqa: E402
+from advisor.export.source import find_trained  # noqa: E402
+from advisor.inputs import Inputs  # noqa: E402
+from advisor.intake import gather  # noqa: E402
+from advisor.knowledge import load  # noqa: E402
+from advisor.plan import make_plan  # noqa: E402
 from advisor.storage import encode_yaml, read_record  # noqa: E402 - after the check that torch is installed
 from advisor.train.data import Row, replay  # noqa: E402
 from advisor.types import Recipe  # noqa: E402
@@ -71,3 +80,47 @@ def test_earlier_tasks_are_replayed_in_part_and_measured_whole(tiny_model: Path,
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
     return {name: getattr(recipe, name) for name in recipe.__struct_fields__}
+
+
+def planned_for_two(tiny_model: Path, place: Path, goal: str) -> tuple[Plan, Path]:
+    """Plan two named datasets and write the run folder."""
+    data = [write_rows(place / f"{name}.jsonl", rows(30)[start:]) for name, start in (("a", 0), ("b", 6))]
+    inputs = Inputs(
+        model=str(tiny_model), data=(f"sea={data[0]}", f"hill={data[1]}"), goal=goal, hardware="none",
+        method="lora", force=True, settings={"max_steps": 1, "evaluate": False, "lora_r": 4},
+    )  # fmt: skip
+    made = make_plan(gather(inputs, load(), lambda _: None), load())
+    return made, write_plan(made, place / "run", datetime(2026, 1, 1))
+
+
+def test_one_adapter_for_all_is_one_stage(tiny_model: Path, tmp_path: Path) -> None:
+    """Without a word about it, several datasets are mixed in one training."""
+    made, folder = planned_for_two(tiny_model, tmp_path, "answer questions")
+    assert (made.apart, len(made.stages)) == (False, 1)
+    assert "mixing_temperature" in made.stages[0].settings
+    assert {one.name for one in read_record(folder / "recipe.yaml", Recipe).datasets} == {"sea", "hill"}
+
+
+def test_one_adapter_a_task_is_trained_by_one_command(tiny_model: Path, tmp_path: Path) -> None:
+    """Each dataset gets an adapter on the untouched base, with figures of its own; all can be talked to, and
+    no single one passes for the whole."""
+    made, folder = planned_for_two(tiny_model, tmp_path, "one adapter per task")
+    assert made.apart
+    assert [stage.datasets for stage in made.stages] == [("hill",), ("sea",)]
+    assert not {"mixing_cap", "mixing_temperature"} & made.stages[0].settings.keys()
+    report = run(folder)
+    assert report.status == "done"
+    assert report.artefacts == {"adapter": "stages/2-sea/adapter"}
+    assert report.earlier_stages[0].heldout_loss_before is not None
+    assert run(folder, resume=True) == report
+    begun = [event for event in events_of(folder, "heldout") if event["when"] == "before"]
+    assert len(begun) == 2
+    voices = find_voices([folder], offline=True, on_progress=lambda _: None)
+    assert [voice.name for voice in voices] == ["1-hill", "2-sea"]
+    assert len({voice.base for voice in voices}) == 1
+    with pytest.raises(InputError, match="an adapter for each task"):
+        find_trained(folder, offline=True, on_progress=lambda _: None)
+    one = find_trained(folder / "stages" / "1-hill", offline=True, on_progress=lambda _: None)
+    assert str(one.adapter).endswith("1-hill/adapter")
+    with pytest.raises(RefusedError, match="an adapter for each task"):
+        gather(Inputs(data=("n=x.jsonl",), continue_from=str(folder)), load(), lambda _: None)

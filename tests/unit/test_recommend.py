@@ -316,6 +316,18 @@ def test_orthogonal_subspaces_are_for_what_must_be_kept() -> None:
     )
 
 
+def test_a_pair_that_no_program_trains_says_why() -> None:
+    """Every tuner with every objective is trained, or turned down with its reason even when insisted on."""
+    for objective, facts in K.objectives.items():
+        for tuner, about in K.tuners.items():
+            program = K.programs[about.program or facts.program]
+            offered = tuner in program.tuners and objective in program.objectives
+            assert offered or about.elsewhere or tuner == "classifier_head", (objective, tuner)
+    made = plan(rows("preference"), requested_method="ia3+dpo", force=True)
+    assert made.method != "ia3"
+    assert "at LoRA's" in next(c for c in made.candidates if c.method == "ia3").reasons[0]
+
+
 def test_bitfit_needs_biases() -> None:
     """Llama has none; Qwen2.5 has some."""
     llama = plan(rows(), model="meta-llama/Llama-3.2-3B-Instruct", requested_method="bitfit")
