@@ -15,7 +15,7 @@ import orjson
 
 from advisor.chat import ChatSession
 from advisor.cli import options
-from advisor.cli.export import prove
+from advisor.cli.export import describe, prove
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.cli.planning import require_trainable, write_plan
 from advisor.cli.run import train
@@ -25,7 +25,6 @@ from advisor.intake import gather
 from advisor.knowledge import load
 from advisor.plan import make_plan
 from advisor.resources import starter_dir
-from advisor.run.page import write_page
 from advisor.ui import advice, measured, render
 
 QUANTS = ("F16", "Q8_0", "Q4_K_M")
@@ -106,6 +105,7 @@ def demo(out: Path | None, *, as_json: bool) -> None:
     base = export_model(starter, quants=("F16",), out=folder / "base", offline=True, on_progress=say)
     clock.lap("export")
     proofs = prove(exported, folder, offline=True, quiet=as_json)
+    exported, _ = describe(exported, folder, proofs)
     clock.lap("verify")
     tuned_file = next(file.path for file in exported.files if file.quant == QUANTS[-1])
     answer = _compare(
@@ -113,7 +113,6 @@ def demo(out: Path | None, *, as_json: bool) -> None:
     )
     clock.lap("chat")
     answer = msgspec.structs.replace(answer, seconds=clock.seconds)
-    write_page(folder)
     if as_json:
         print_json(answer)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from advisor.cli import options
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.errors import VerificationError
 from advisor.export import export_model
+from advisor.export.exporter import EXPORT
 from advisor.export.importance import Importance
 from advisor.intake import own_cache_dir
 from advisor.knowledge import load
@@ -18,7 +20,7 @@ from advisor.run.launch import require_installed
 from advisor.run.page import write_page
 from advisor.storage import read_record
 from advisor.types import Export, ExportPlan, FileRow, Plan, Verification
-from advisor.verify import heldout_rows, keep_proof, verify_gguf
+from advisor.verify import heldout_rows, keep_proof, proof_file, verify_gguf
 from advisor.verify.card import write_card
 from advisor.verify.table import file_table
 
@@ -107,14 +109,11 @@ def export_and_prove(
         cache=own_cache_dir(),
         on_progress=notify,
     )
+    for file in made.files:  # of a file of this name that is not there any more
+        proof_file(Path(file.path)).unlink(missing_ok=True)
     proofs = prove(made, source, offline=offline, quiet=as_json) if verify else ()
-    rows = file_table(made, proofs, _plan_of(source), load())
-    if rows:
-        card = write_card(Path(rows[0].path).parent, made, rows, proofs, _plan_of(source))
-        made = msgspec.structs.replace(made, files=(*made.files, card))
+    made, rows = describe(made, source, proofs)
     passed = all(proof.passed for proof in proofs)
-    if (source / "plan.json").is_file():
-        write_page(source)
     if as_json:
         print_json(ExportAnswer(ok=passed, export=made, verifications=proofs, table=rows))
     else:
@@ -139,6 +138,37 @@ def _importance(source: Path, named: str, *, offline: bool, quiet: bool) -> Impo
 
     rows = heldout_rows(source) if named == "heldout" else (Path(named),)
     return measure_importance(source, rows, offline=offline, on_progress=notifier(quiet=quiet))
+
+
+def describe(
+    made: Export, source: Path, proofs: Sequence[Verification]
+) -> tuple[Export, tuple[FileRow, ...]]:
+    """Write the model card of an export and the page of its run; return the export, and a table."""
+    rows = file_table(made, proofs, _plan_of(source), load())
+    if rows:
+        card = write_card(Path(rows[0].path).parent, made, rows, proofs, _plan_of(source))
+        made = msgspec.structs.replace(made, files=(*made.files, card))
+    write_page(source)
+    return made, rows
+
+
+def describe_again(source: Path) -> None:
+    """Tell in card and page what the proofs in an export folder say now, wherever it was moved."""
+    place = source / "export"
+    if not (place / EXPORT).is_file():
+        return
+    made = read_record(place / EXPORT, Export)
+    files = [
+        msgspec.structs.replace(file, path=str(place / Path(file.path).name))
+        for file in made.files
+        if (place / Path(file.path).name).is_file()
+    ]
+    proofs = [
+        msgspec.structs.replace(read_record(proof_file(Path(file.path)), Verification), gguf=file.path)
+        for file in files
+        if proof_file(Path(file.path)).is_file()
+    ]
+    describe(msgspec.structs.replace(made, files=tuple(files)), source, proofs)
 
 
 def _planned(source: Path) -> ExportPlan | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from advisor.cli import options
+from advisor.cli.export import describe_again
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.verify import heldout_rows, keep_proof, verify_gguf
 
@@ -29,6 +30,7 @@ def verify(gguf: Path, against: Path, prefix: Path | None, *, offline: bool, as_
     )
     if gguf.resolve().parent == (against / "export").resolve():
         keep_proof(proof)
+        describe_again(against)
     if as_json:
         print_json(proof)
     else:

@@ -47,6 +47,7 @@ from advisor.storage import file_sha256, write_atomic, write_json
 from advisor.types import Export, ExportedFile
 
 TARGETS = ("gguf", "merged", "modelfile", "lora-gguf", "prefix-state")
+EXPORT = "export.json"
 METADATA_BYTES = 64 << 20
 """Room for the tokenizer and the metadata of one file in the disk check; a 256k vocabulary takes 20 MB."""
 Progress = Callable[[str], None]
@@ -129,7 +130,7 @@ def export_model(
     )  # fmt: skip
     files, notes = _export(job, targets, wanted)
     made = Export(source=str(source), files=tuple(files), notes=tuple(dict.fromkeys(notes)))
-    write_json(job.out / "export.json", made)
+    write_json(job.out / EXPORT, made)
     return made
 
 
@@ -157,7 +158,7 @@ def _convert(
     ]
     note = "written by llama.cpp's own converter, with the tokenizer as it was trained"
     made = Export(source=str(source), files=tuple(files), notes=(*vocabulary.notes, note))
-    write_json(out / "export.json", made)
+    write_json(out / EXPORT, made)
     return made
 
 

@@ -36,7 +36,7 @@ from advisor.verify.samples import heldout_rows, probe_texts, read_conversations
 if TYPE_CHECKING:
     from advisor.verify.reference import Questions, Reference
 
-__all__ = ["heldout_rows", "verify_gguf"]
+__all__ = ["heldout_rows", "proof_file", "verify_gguf"]
 
 
 def _silent(_: str) -> None:
@@ -92,8 +92,12 @@ def verify_gguf(
 
 def keep_proof(proof: Verification) -> None:
     """Write a proof as `<file>.verification.json` beside the file that it is about."""
-    gguf = Path(proof.gguf)
-    write_json(gguf.with_name(f"{gguf.stem}.verification.json"), proof)
+    write_json(proof_file(Path(proof.gguf)), proof)
+
+
+def proof_file(gguf: Path) -> Path:
+    """Return where the proof of a file lies."""
+    return gguf.with_name(f"{gguf.stem}.verification.json")
 
 
 def _need_packages() -> None:

@@ -95,9 +95,15 @@ def test_a_moved_run_folder_still_works(demo: tuple[Path, dict[str, object]], tm
     (gguf,) = moved.glob("export/*Q8_0.gguf")
     listed = json.loads(ftadvisor("runs", str(tmp_path), "--json", cwd=tmp_path).stdout)
     assert [run["status"] for run in listed["runs"]] == ["done"]
+    for proved in moved.glob("export/*.verification.json"):
+        proved.unlink()
     proof = json.loads(ftadvisor("verify", str(gguf), "--against", str(moved), "--json", cwd=tmp_path).stdout)
     assert proof["schema"] == "ftadvisor.verification/1"
     assert proof["passed"] is True
+    page, card = ((moved / name).read_text() for name in ("report.html", "export/README.md"))
+    assert f'{gguf.name}: <span class="good">proved' in page
+    assert page.count(">not verified<") == len(list(moved.glob("export/*.gguf"))) - 1
+    assert card.count("token_ids, ") == 1, "card and page tell the one proof that is there"
     said = json.loads(ftadvisor("chat", str(gguf), "--prompt", "Hello!", "--json", cwd=tmp_path).stdout)
     assert said["answers"][str(gguf)].startswith("Ahoy")
     assert "learning_rate" in ftadvisor("explain", str(moved), cwd=tmp_path).stdout
