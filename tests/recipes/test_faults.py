@@ -22,7 +22,7 @@ def found() -> dict[str, dict[str, Any]]:
         [sys.executable, str(BENCHMARK), "--only", ",".join(SAMPLE), "--json"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    rows = [json.loads(line) for line in child.stdout.splitlines()]
+    rows = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     assert rows, child.stderr
     return {row["name"]: row for row in rows}
 
