@@ -27,6 +27,8 @@ from advisor.storage import read_yaml
 from advisor.types import DatasetProfile, Goal, Hardware, ModelSpec, Scenario
 
 Notify = Callable[[str], None]
+LIKE = "LlamaForCausalLM"
+"""What a model of an unknown architecture is estimated as; it is not planned for."""
 
 
 def gather(inputs: Inputs, knowledge: Knowledge, notify: Notify) -> Scenario:
@@ -123,14 +125,14 @@ def hardware_of(inputs: Inputs, knowledge: Knowledge) -> Hardware:
 
 
 def model_spec(inputs: Inputs, knowledge: Knowledge) -> ModelSpec:
-    """Return the one model that `inputs.model` names.
+    """Return the one model that `inputs.model` names; an unknown architecture counts as Llama, and says so.
 
     Raises:
         UsageError: it names none.
     """
     if inputs.model == "auto":
         raise UsageError("This needs one model.", "--model HUB_ID, a folder, a config.json, or starter")
-    spec = _spec(inputs, knowledge) or name_model(inputs.model, knowledge).spec
+    spec = _spec(inputs, knowledge, like=LIKE) or name_model(inputs.model, knowledge).spec
     if spec is None:
         raise UsageError(
             f"{inputs.model!r} is no model that can be read.", "--model HUB_ID, a folder, or starter"
@@ -152,7 +154,7 @@ def _caches() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 
 
-def _spec(inputs: Inputs, knowledge: Knowledge) -> ModelSpec | None:
+def _spec(inputs: Inputs, knowledge: Knowledge, *, like: str | None = None) -> ModelSpec | None:
     """Read the model where it can be read; None leaves `auto` and free words to the recommender."""
     given = inputs.model
     if given == "auto":
@@ -160,10 +162,11 @@ def _spec(inputs: Inputs, knowledge: Knowledge) -> ModelSpec | None:
     if given == "starter":
         return read_model(given, offline=inputs.offline, knowledge=knowledge)
     if Path(given).exists():
-        return read_model(str(Path(given).resolve()), offline=inputs.offline, knowledge=knowledge)
+        place = str(Path(given).resolve())
+        return read_model(place, offline=inputs.offline, like=like, knowledge=knowledge)
     if name_model(given, knowledge).how not in ("guessed", "unknown"):
         return None
-    return read_model(given, offline=inputs.offline, knowledge=knowledge)
+    return read_model(given, offline=inputs.offline, like=like, knowledge=knowledge)
 
 
 def _profiles(inputs: Inputs, spec: ModelSpec | None, notify: Notify) -> tuple[DatasetProfile, ...]:

@@ -190,6 +190,8 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     """kb/sources.toml key, or `config.json` when it was read from the model itself."""
     verified: bool = True
     findings: tuple[Finding, ...] = ()
+    unknown: tuple[str, ...] = ()
+    """What its files say that is not known here, or do not say: an estimate names it and widens its band."""
 
 
 # --- the data ------------------------------------------------------------------------------------
@@ -320,6 +322,9 @@ class Scenario(Record, frozen=True, kw_only=True):
 # --- the estimate --------------------------------------------------------------------------------
 
 
+TUNER_SIZES = frozenset({"in", "out", "min", "max", "r", "1/r", "1"})
+
+
 class TunerMemory(Record, frozen=True, kw_only=True):
     """Memory of a tuner that is stated as data, for each layer that it tunes unless it says `once`.
 
@@ -338,6 +343,18 @@ class TunerMemory(Record, frozen=True, kw_only=True):
     """Kept for the backward pass, for each token; read off a loop without autocast, parameters in 32 bits."""
     kept_bytes: dict[str, float] = {}
     """Kept for the backward pass, whatever the batch: matrices that are made of the parameters."""
+
+    def __post_init__(self) -> None:
+        """Refuse a size that does not exist."""
+        sums = (self.trained, self.trained_once, self.frozen_bytes, self.frozen_once_bytes)
+        names = {
+            name
+            for one in (*sums, self.token_bytes, self.kept_bytes)
+            for term in one
+            for name in term.split("*")
+        }
+        if strange := names - TUNER_SIZES:
+            raise ValueError(f"unknown size {min(strange)!r}; valid: {', '.join(sorted(TUNER_SIZES))}")
 
 
 class MemorySettings(Record, frozen=True, kw_only=True):
@@ -383,6 +400,8 @@ class MemorySettings(Record, frozen=True, kw_only=True):
     """What the blocks keep waits in the memory of the host."""
     stated: TunerMemory | None = None
     """Of a tuner that the closed form has no counts of its own for."""
+    unknown: tuple[str, ...] = ()
+    """In words, what is not known of the question and how it is counted; it widens the band."""
 
 
 class Part(Record, frozen=True, kw_only=True):
@@ -462,6 +481,8 @@ class StageEstimate(Record, frozen=True, kw_only=True):
     disk_bytes: int
     phase: str = ""
     trainable_parameters: int = 0
+    notes: tuple[str, ...] = ()
+    """What was unknown and widened the band of the memory."""
 
 
 class Stage(Record, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ from advisor.estimate.tunable import ALIASES, TUNERS, tuner_name
 from advisor.intake import hardware_of, model_spec, own_cache_dir
 from advisor.knowledge import Knowledge, load
 from advisor.probe.calibration import calibration_file, observations
+from advisor.recommend.gates import estimated_as, unknown_of
 from advisor.types import (
     Band,
     Hardware,
@@ -26,10 +27,11 @@ from advisor.types import (
     ModelSpec,
     Part,
     TimeEstimate,
-    TunerMemory,
 )
 
 Precision = Literal["bf16", "fp16", "fp32"]
+SIZES = ("virtual_tokens", "bottleneck")
+"""Sizes of a tuner that its file in kb/ gives where the command line does not."""
 
 
 class EstimateAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +85,15 @@ class CalibrationAnswer(msgspec.Struct, frozen=True, kw_only=True):
 )
 @click.option("--attention", type=click.Choice(["flash", "sdpa", "eager"]), default="sdpa", show_default=True)
 @click.option("--loss", type=click.Choice(["full_logits", "chunked"]), default="chunked", show_default=True)
+@click.option("--virtual-tokens", type=click.IntRange(min=1), help="Of prompt, prefix and p-tuning.")
+@click.option("--bottleneck", type=click.IntRange(min=1), help="Width of bottleneck adapters.")
+@click.option("--packed", is_flag=True, help="Several rows in one sequence.")
+@click.option("--autocast/--no-autocast", default=True, show_default=True, help="As trainers have it.")
+@click.option("--adapter-bits", type=click.Choice(["16", "32"]), default="32", show_default=True)
+@click.option("--double-quant/--no-double-quant", default=True, show_default=True)
+@click.option("--accumulate/--no-accumulate", default=True, show_default=True, help="Several micro batches.")
+@click.option("--offload-activations", is_flag=True, help="Block inputs wait in the host's memory.")
+@click.option("--optimizer-in-backward", is_flag=True, help="No gradient is kept.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--shard", type=click.Choice(["none", "fsdp", "zero3"]), default="none", show_default=True)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
@@ -108,6 +119,7 @@ def estimate(
     calibration: bool,
     precision: Precision,
     engine: str,
+    adapter_bits: str,
     hardware: str | None,
     offline: bool,
     as_json: bool,
@@ -120,12 +132,15 @@ def estimate(
     knowledge = load()
     inputs = options.inputs_of(model=model, hardware=hardware, offline=offline)
     spec = model_spec(inputs, knowledge)
+    given = {
+        **_tuner(method, knowledge),
+        **{name: value for name, value in step.items() if value is not None},
+    }
     settings = MemorySettings(
-        tuner=method.replace("-", "_"),
         precision=precision,
         weight_bits=4 if method == "qlora" else 32 if precision == "fp32" else 16,
-        stated=_stated(method, knowledge),
-        **step,
+        adapter_bits=32 if adapter_bits == "32" else 16,
+        **given,
     )
     _require_known(settings, knowledge)
     found = _memory(spec, settings, engine, knowledge)
@@ -171,20 +186,22 @@ def _calibration(*, as_json: bool) -> None:
     print_text(draw(errors), kept or "Nothing is kept: FTADVISOR_CALIBRATION is empty.")
 
 
-def _stated(method: str, knowledge: Knowledge) -> TunerMemory | None:
-    """What kb/ states of a tuner that the closed form does not count by itself.
+def _tuner(method: str, knowledge: Knowledge) -> dict[str, Any]:
+    """Settings of a method: of its own counts, of what kb/ states of it, or of its group, which is said.
 
     Raises:
-        UnknownNameError: it states nothing.
+        UnknownNameError: nothing of that name is known.
     """
-    if tuner_name(method) in TUNERS:
-        return None
     own = knowledge.tuners.get(method)
-    found = own.memory if own else stated_tuner(method, knowledge.rules["tuners"])
-    if found is None:
-        names = {*TUNERS, *ALIASES, *knowledge.rules["tuners"]}
+    if own is not None:
+        counted = estimated_as(method, own)
+        sizes = {name: own.settings[name] for name in SIZES if name in own.settings}
+        return {"tuner": counted, "stated": own.memory, "unknown": unknown_of(method, own), **sizes}
+    stated = stated_tuner(method, knowledge.rules["tuners"])
+    if stated is None and tuner_name(method) not in TUNERS:
+        names = {*TUNERS, *ALIASES, *knowledge.tuners, *knowledge.rules["tuners"]}
         raise UnknownNameError("method", method, names, "ftadvisor explain tuners")
-    return found
+    return {"tuner": tuner_name(method), "stated": stated}
 
 
 def _require_known(settings: MemorySettings, knowledge: Knowledge) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
+
 from advisor.types import ModelShape, ModelSpec, Record
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "attn.c_proj")
@@ -80,12 +82,24 @@ class Layout(Record, frozen=True, kw_only=True):
 
 
 def layout(spec: ModelSpec) -> Layout:
-    """Lay out the weights of `spec`; exact for the families in `KNOWN` without experts."""
+    """Lay out the weights of `spec`; exact for the families in `KNOWN` without experts or unknown parts."""
+    plain = _gpt2(spec) if spec.model_type == "gpt2" else _llama(spec)
+    unknown = list(spec.unknown)
+    strange = spec.model_type not in KNOWN and not unknown
+    if strange or spec.shape.experts:
+        what = "a mixture of experts" if spec.shape.experts else f"the architecture {spec.architecture!r}"
+        unknown.append(
+            f"{what} has no exact layout here: laid out like Llama, the rest taken from the stated size"
+        )
+    if not unknown:
+        return plain
+    other = max(0, spec.parameters - plain.parameters)
+    return msgspec.structs.replace(plain, other=other, exact=False, note="; ".join(unknown))
+
+
+def _llama(spec: ModelSpec) -> Layout:
     shape = spec.shape
-    if spec.model_type == "gpt2":
-        return _gpt2(spec)
-    known = spec.model_type in KNOWN and not shape.experts
-    plain = Layout(
+    return Layout(
         linears=_linears(spec.model_type, shape),
         blocks=shape.layers,
         norm_entries=_norms(spec.model_type, shape),
@@ -94,17 +108,8 @@ def layout(spec: ModelSpec) -> Layout:
         positions=0,
         head=0 if shape.tied else shape.vocab * shape.hidden,
         other=0,
-        exact=known,
+        exact=True,
     )
-    if known:
-        return plain
-    what = "a mixture of experts" if shape.experts else f"the architecture {spec.architecture!r}"
-    return Layout(
-        linears=plain.linears, blocks=plain.blocks, norm_entries=plain.norm_entries,
-        final_norm=plain.final_norm, embedding=plain.embedding, positions=0, head=plain.head,
-        other=max(0, spec.parameters - plain.parameters), exact=False,
-        note=f"{what} has no exact layout here: laid out like Llama, the rest taken from the stated size",
-    )  # fmt: skip
 
 
 def _linears(model_type: str, shape: ModelShape) -> tuple[Linear, ...]:

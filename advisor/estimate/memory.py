@@ -153,6 +153,8 @@ def _width(case: Case) -> tuple[float, float]:
         names.append("stated_tuner")
     if not case.plan.exact:
         names.append("unknown_layout")
+    if settings.unknown or not states.optimizer_facts(settings, case.rules)[1]:
+        names.append("unknown_setting")
     if settings.gpus > 1:
         names.append("several_devices")
     if settings.device != "cuda":
@@ -165,7 +167,7 @@ def _width(case: Case) -> tuple[float, float]:
 
 def _notes(case: Case) -> tuple[str, ...]:
     settings, tuner = case.settings, tuner_name(case.settings.tuner)
-    notes = [case.plan.note] if case.plan.note else []
+    notes = [*settings.unknown, *([case.plan.note] if case.plan.note else [])]
     if settings.stated is not None and act.mixed(settings):
         notes.append(
             f"what {tuner} keeps was read off a loop without autocast; under it the casts are not known"

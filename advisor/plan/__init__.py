@@ -201,7 +201,8 @@ def _stage(
         estimate=StageEstimate(
             peak_bytes=estimate.peak_bytes, parts=parts, seconds=time.seconds,
             seconds_source=time.source, disk_bytes=disk["total"], phase=estimate.phase,
-            trainable_parameters=estimate.trainable_parameters, tokens_per_second=time.tokens_per_second,
+            trainable_parameters=estimate.trainable_parameters,
+            notes=estimate.notes, tokens_per_second=time.tokens_per_second,
         ),
     )  # fmt: skip
 

@@ -33,7 +33,12 @@ STARTER = "starter"
 
 
 def read_model(
-    given: str, *, revision: str | None = None, offline: bool = False, knowledge: Knowledge
+    given: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    like: str | None = None,
+    knowledge: Knowledge,
 ) -> ModelSpec:
     """Return what is known about a model.
 
@@ -41,6 +46,7 @@ def read_model(
         given: `starter`, a folder, a config.json, or a hub id.
         revision: of a hub id.
         offline: use only the hub's local cache.
+        like: the architecture that an unknown one is counted as, and said to be; None refuses it.
         knowledge: models that need no look-up, and the rules of architectures and licences.
 
     Raises:
@@ -51,9 +57,9 @@ def read_model(
         return _of_folder(starter_dir(), knowledge, name=STARTER)
     path = Path(given).expanduser()
     if path.is_dir():
-        return _of_folder(path, knowledge)
+        return _of_folder(path, knowledge, like=like)
     if path.is_file():
-        return _of_file(path, knowledge)
+        return _of_file(path, knowledge, like)
     by_lower = {key.lower(): key for key in knowledge.models}
     if given.lower() in by_lower:
         key = by_lower[given.lower()]
@@ -61,7 +67,7 @@ def read_model(
     if path.suffix == ".gguf":
         raise _quantised(path)
     if hub.is_hub_id(given):
-        return _of_hub(given, revision, knowledge, offline=offline)
+        return _of_hub(given, revision, knowledge, offline=offline, like=like)
     near = nearest(given, [*knowledge.models, STARTER], limit=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ModelError(
@@ -88,7 +94,7 @@ def _quantised(path: Path) -> ModelError:
     )
 
 
-def _of_file(path: Path, knowledge: Knowledge) -> ModelSpec:
+def _of_file(path: Path, knowledge: Knowledge, like: str | None) -> ModelSpec:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"GGUF" or path.suffix.lower() == ".gguf":
@@ -98,17 +104,19 @@ def _of_file(path: Path, knowledge: Knowledge) -> ModelSpec:
             f"{path} is neither a model folder nor a config.json.", "Give the folder that holds config.json."
         )
     config = read_json(path)
-    facts = read_config(config, knowledge.rules["architectures"], str(path))
+    facts = read_config(config, knowledge.rules["architectures"], str(path), like=like)
     name = str(config.get("_name_or_path") or path.resolve().parent.name)
     return _spec(name, facts, source="config.json")
 
 
-def _of_folder(folder: Path, knowledge: Knowledge, name: str | None = None) -> ModelSpec:
+def _of_folder(
+    folder: Path, knowledge: Knowledge, *, name: str | None = None, like: str | None = None
+) -> ModelSpec:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise _no_config(folder, str(folder))
     config = read_json(config_file)
-    facts = read_config(config, knowledge.rules["architectures"], str(config_file))
+    facts = read_config(config, knowledge.rules["architectures"], str(config_file), like=like)
     files, missing = weight_files(folder)
     template = chat_template(folder)
     found = findings_of(folder, special_tokens(folder, config), template)
@@ -116,7 +124,12 @@ def _of_folder(folder: Path, knowledge: Knowledge, name: str | None = None) -> M
     if files and not missing:
         weights = read_weights(files, tied=facts.shape.tied)
         dtype = weights.dtype or dtype
-        found += _mismatch(facts, weights.parameters)
+        mismatch = _mismatch(facts, weights.parameters)
+        found += mismatch
+        facts = msgspec.structs.replace(
+            facts, parameters=max(facts.parameters, weights.parameters) if mismatch else facts.parameters,
+            unknown=(*facts.unknown, *(one.message.rstrip(".") for one in mismatch)),
+        )  # fmt: skip
     return _described(
         _spec(name or folder.resolve().name, facts, source="config.json", dtype=dtype),
         folder, template, found, knowledge, path=str(folder),
@@ -155,13 +168,15 @@ def _mismatch(facts: ConfigFacts, stored: int) -> list[Finding]:
     ]
 
 
-def _of_hub(given: str, revision: str | None, knowledge: Knowledge, *, offline: bool) -> ModelSpec:
+def _of_hub(
+    given: str, revision: str | None, knowledge: Knowledge, *, offline: bool, like: str | None
+) -> ModelSpec:
     snapshot = hub.fetch_config(given, revision=revision, offline=offline, known=knowledge.models)
     folder = snapshot.path
     if not (folder / "config.json").is_file():
         raise _no_config(folder, given)
     config = read_json(folder / "config.json")
-    facts = read_config(config, knowledge.rules["architectures"], f"{given}/config.json")
+    facts = read_config(config, knowledge.rules["architectures"], f"{given}/config.json", like=like)
     template = chat_template(folder)
     findings = findings_of(folder, special_tokens(folder, config), template)
     # the weights are fetched when training needs them
@@ -186,6 +201,7 @@ def _spec(
         gguf_architecture=facts.rule.gguf,
         weight_dtype=dtype or facts.dtype,
         source=source,
+        unknown=facts.unknown,
     )
 
 

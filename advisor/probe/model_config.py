@@ -15,6 +15,10 @@ from advisor.errors import KnowledgeError, ModelError, nearest
 from advisor.types import ModelShape, Record
 
 Config = Mapping[str, Any]
+POSITIONS = 2048
+"""Context of a model that does not say it."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Fields that say how many experts each block has."""
 
 
 class ArchitectureRule(Record, frozen=True, kw_only=True):
@@ -53,15 +57,20 @@ class ConfigFacts(Record, frozen=True, kw_only=True):
     dtype: str
     text_part: bool = False
     """True: the model also sees or hears; only its text part is described."""
+    unknown: tuple[str, ...] = ()
+    """What it says that is not known here, or does not say."""
 
 
-def read_config(config: Config, tables: Mapping[str, Any], where: str) -> ConfigFacts:
+def read_config(
+    config: Config, tables: Mapping[str, Any], where: str, *, like: str | None = None
+) -> ConfigFacts:
     """Return the facts of one config.json.
 
     Args:
         config: its content.
         tables: kb/rules/architectures.toml.
         where: the file, for messages.
+        like: the architecture that an unknown one is counted as; None refuses it.
 
     Raises:
         ModelError: unknown architecture, a field missing, or quantised weights.
@@ -75,36 +84,94 @@ def read_config(config: Config, tables: Mapping[str, Any], where: str) -> Config
         )
     text = config.get("text_config")
     inner: Config = {**config, **text} if isinstance(text, dict) else config
-    architecture, rule = _rule(config, inner, tables, where)
+    key = _key(config, inner, tables, where, like)
+    rule = _converted(key, tables[key])
     shape = _shape(inner, rule, where)
+    parameters = count_parameters(shape, rule, positions=_positions(inner, rule, where))
     return ConfigFacts(
-        architecture=architecture,
+        architecture=_named(config) or key,
         model_type=str(inner.get("model_type", rule.model_types[0])),
         rule=rule,
         shape=shape,
-        parameters=count_parameters(shape, rule, positions=_positions(inner, rule, where)),
+        parameters=parameters + _of_experts(inner, shape, where),
         context_tokens=_positions(inner, rule, where),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or inner.get("dtype") or "float32"),
         text_part=isinstance(text, dict),
+        unknown=_unknown(config, inner, rule, key, tables),
     )
 
 
-def _rule(
-    config: Config, inner: Config, tables: Mapping[str, Any], where: str
-) -> tuple[str, ArchitectureRule]:
+def _named(config: Config) -> str:
     named = config.get("architectures")
-    given = str(named[0]) if isinstance(named, list) and named else ""
-    model_type = str(inner.get("model_type", ""))
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
+def _key(config: Config, inner: Config, tables: Mapping[str, Any], where: str, like: str | None) -> str:
+    """Return the table to count by: that of the named class, else of the model type, else `like`."""
+    given, model_type = _named(config), str(inner.get("model_type", ""))
+    if given in tables:
+        return given
     for key, table in tables.items():
-        if key == given or model_type in table["model_types"]:
-            return given or key, _converted(key, table)
+        if model_type in table["model_types"]:
+            return key
+    if like is not None:
+        return like
     near = nearest(given or model_type, tables)
     hint = f" Nearest: {', '.join(near)}." if near else ""
     raise ModelError(
         f"{where}: the architecture {given or model_type or '(not named)'} is not known.{hint}",
-        f"Known: {', '.join(tables)}.",
+        f"Known: {', '.join(tables)}. Its memory alone, as if it were one of these: ftadvisor estimate",
         code="unknown_architecture",
     )
+
+
+def _unknown(
+    config: Config, inner: Config, rule: ArchitectureRule, key: str, tables: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Return in words what was not known and how it was counted."""
+    given, found = _named(config), []
+    model_type = str(inner.get("model_type", ""))
+    if model_type not in tables[key]["model_types"] and given != key:
+        found.append(
+            f"the architecture {given or model_type or '(not named)'} is not known: counted as {key}"
+        )
+    elif given not in ("", key) and "text_config" not in config:
+        found.append(f"the class {given} is not known: counted as {key}, by its model_type")
+    if own := config.get("auto_map"):
+        files = sorted({str(one).partition(".")[0] for one in own.values()}) if isinstance(own, dict) else []
+        found.append(f"the model has code of its own ({', '.join(files) or 'auto_map'}), which was not read")
+    for field in ("num_key_value_heads", "max_position_embeddings"):
+        if (
+            inner.get(field) is None
+            and inner.get(rule.names.get(field, field)) is None
+            and not rule.positions
+        ):
+            assumed = "as many as heads" if field == "num_key_value_heads" else f"{POSITIONS:,}"
+            found.append(f"{field} is not given: {assumed} counted")
+    return tuple(found)
+
+
+def _experts(config: Config) -> int:
+    found = next((int(config[name]) for name in EXPERTS if isinstance(config.get(name), int)), 0)
+    return found if found > 1 else 0
+
+
+def _of_experts(config: Config, shape: ModelShape, where: str) -> int:
+    """Return the parameters of all experts, each with three matrices; what one block shares counts as dense.
+
+    Raises:
+        ModelError: there are experts, in fields that are not known.
+    """
+    strange = [name for name, value in config.items() if "expert" in name and isinstance(value, int)]
+    if not shape.experts and any(config[name] > 1 for name in strange):
+        raise ModelError(
+            f"{where}: it has experts ({', '.join(strange)}), and how many is not known.",
+            f"Known fields: {', '.join(EXPERTS)}.",
+            code="unknown_architecture",
+        )
+    width = config.get("moe_intermediate_size")
+    inner = width if isinstance(width, int) else shape.intermediate
+    return 3 * shape.layers * shape.experts * shape.hidden * inner
 
 
 def _converted(key: str, table: object) -> ArchitectureRule:
@@ -133,7 +200,7 @@ def _integer(
 
 
 def _positions(config: Config, rule: ArchitectureRule, where: str) -> int:
-    return _integer(config, rule, "max_position_embeddings", where, 2048)
+    return _integer(config, rule, "max_position_embeddings", where, POSITIONS)
 
 
 def _shape(config: Config, rule: ArchitectureRule, where: str) -> ModelShape:
@@ -155,6 +222,7 @@ def _shape(config: Config, rule: ArchitectureRule, where: str) -> ModelShape:
         mlp_bias=_switch(config, rule.mlp_bias),
         sliding_window=window,
         full_attention_layers=full,
+        experts=_experts(config),
     )
 
 

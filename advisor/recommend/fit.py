@@ -15,7 +15,7 @@ import msgspec
 from advisor.estimate.memory import estimate_memory
 from advisor.knowledge import Knowledge
 from advisor.recommend.chains import PAIR_OBJECTIVES, REINFORCEMENT
-from advisor.recommend.gates import Proposal, estimated_as
+from advisor.recommend.gates import Proposal, estimated_as, unknown_of
 from advisor.recommend.lengths import Lengths, lengths_of, round_up
 from advisor.recommend.rank import rank_for
 from advisor.recommend.situation import Situation, counted_rows, datasets_of, rule
@@ -387,7 +387,8 @@ def memory_settings(
     bits = attempt.weight_bits
     plain = proposal.spec.model_type in rule(knowledge, "choice", "attention")["eager_only"]
     return MemorySettings(
-        tuner=estimated_as(proposal.tuner, proposal.facts), objective=objective, precision=precision,
+        tuner=estimated_as(proposal.tuner, proposal.facts), stated=proposal.facts.memory,
+        unknown=unknown_of(proposal.tuner, proposal.facts), objective=objective, precision=precision,
         weight_bits=32 if precision == "fp32" and bits == 16 else bits,
         micro_batch=attempt.micro_batch, seq_len=attempt.seq_len + attempt.completion,
         gradient_checkpointing=attempt.checkpointing, optimizer=attempt.optimizer,

@@ -197,15 +197,25 @@ def _latency(proposal: Proposal, situation: Situation, knowledge: Knowledge) -> 
 
 
 def estimated_as(tuner: str, facts: TunerFacts) -> str:
-    """The tuner that the estimator counts: itself, or for one that only an overlay knows its group."""
-    return tuner if tuner in TUNERS or tuner in ALIASES else facts.group
+    """The tuner that the estimator counts: itself, or for one of which it is told nothing its group."""
+    return tuner if facts.memory or tuner in TUNERS or tuner in ALIASES else facts.group
+
+
+def unknown_of(tuner: str, facts: TunerFacts) -> tuple[str, ...]:
+    """In words, that a tuner counts as its group, where it does."""
+    counted = estimated_as(tuner, facts)
+    if counted == tuner:
+        return ()
+    return (
+        f"the memory of {tuner} is not known: counted as {counted}; a [memory] table in its file says it",
+    )
 
 
 def task_bytes(spec: ModelSpec, tuner: str, facts: TunerFacts, rank: int) -> int:
     """Bytes that each task or tenant adds on disk, in 16 bits."""
     settings = MemorySettings(
-        tuner=estimated_as(tuner, facts), lora_r=rank, virtual_tokens=int(_number(facts, "virtual_tokens")),
-        bottleneck=int(_number(facts, "bottleneck")),
+        tuner=estimated_as(tuner, facts), stated=facts.memory, lora_r=rank,
+        virtual_tokens=int(_number(facts, "virtual_tokens")), bottleneck=int(_number(facts, "bottleneck")),
     )  # fmt: skip
     return 2 * trainable_parameters(spec, settings)
 

@@ -88,6 +88,7 @@ def _stage(stage: Stage, title: str, *, expert: bool) -> RenderableType:
     ]
     if cost.trainable_parameters:
         costs.append(("Trained weights", format_count(cost.trainable_parameters)))
+    costs += [("Not known", note) for note in cost.notes]
     return Group(Rule(title, align="left", style="quiet"), pairs(costs), table)
 
 

@@ -29,6 +29,26 @@ def test_seconds_of_a_step_belong_to_the_named_machine(tmp_path: Path) -> None:
     assert slow["seconds_per_step"]["expected"] > 3 * fast["seconds_per_step"]["expected"]
 
 
+def test_an_unknown_architecture_is_said_and_widens_the_band(tmp_path: Path) -> None:
+    """A config.json of a strange class gives an estimate that names what it was counted as."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1024, "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }  # fmt: skip
+    strange = {**config, "architectures": ["StrangeForCausalLM"], "model_type": "strange"}
+    widths = []
+    for number, content in enumerate((config, strange)):
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps(content))
+        made = _estimate(tmp_path, "--model", str(file))
+        widths.append(made["peak_allocated_bytes"]["high"] / made["peak_allocated_bytes"]["low"])
+        assert bool(made["notes"]) is bool(number)
+    assert "StrangeForCausalLM is not known: counted as LlamaForCausalLM" in made["notes"][0]
+    assert widths[1] > 1.3 * widths[0]
+
+
 @pytest.mark.slow
 def test_the_tracer_answers_and_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine `trace` agrees with the closed form within 5%; the second answer comes from the cache."""

@@ -121,6 +121,22 @@ def test_an_invented_tuner_is_recommended(tmp_path: Path) -> None:
     assert made.stages[0].settings["learning_rate"] == 2e-4
 
 
+def test_what_an_invented_tuner_holds_is_told_or_said_to_be_unknown(tmp_path: Path) -> None:
+    """Without a table of its memory it counts as its group, which the plan says; the band is wider."""
+    silent = overlay(tmp_path, tuners__sail=TUNER)
+    told = overlay(tmp_path, tuners__sail=TUNER + '[memory]\ntrained = { "out*r" = 1 }\n')
+    vague, exact = (
+        make_plan(scenario(rows(), knowledge=one), one).stages[0].estimate for one in (silent, told)
+    )
+    assert "sail is not known: counted as lora" in vague.notes[0]
+    assert not [note for note in exact.notes if "counted as" in note]
+    assert exact.trainable_parameters < vague.trainable_parameters
+    widths = [one.peak_bytes.high / one.peak_bytes.low for one in (vague, exact)]
+    assert widths[0] > widths[1]
+    with pytest.raises(KnowledgeError, match="width"):
+        overlay(tmp_path, tuners__sail=TUNER + '[memory]\ntrained = { "width*r" = 1 }\n')
+
+
 def test_an_invented_objective_is_kept_with_its_reason(tmp_path: Path) -> None:
     """It is listed with why the data do not call for it, and can be asked for where they allow it."""
     knowledge = overlay(tmp_path, methods__rowing=OBJECTIVE)

@@ -215,7 +215,47 @@ def test_pickled_weights_are_not_opened(tiny: Path, knowledge: Knowledge) -> Non
 def test_weights_of_another_model_are_noticed(tiny: Path, knowledge: Knowledge) -> None:
     """config.json and weights that do not belong together are a finding with both counts."""
     _edit(tiny / "config.json", num_hidden_layers=3)
-    assert _codes(read_model(str(tiny), knowledge=knowledge)) == {"parameter_mismatch": "warning"}
+    spec = read_model(str(tiny), knowledge=knowledge)
+    assert _codes(spec) == {"parameter_mismatch": "warning"}
+    assert "The weights hold" in spec.unknown[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ()),
+        ({"architectures": ["OddForCausalLM"]}, ("the class OddForCausalLM", "counted as LlamaForCausalLM")),
+        ({"architectures": ["OddForCausalLM"], "model_type": "odd"}, ("OddForCausalLM is not known",)),
+        ({"architectures": ..., "model_type": ...}, ("(not named)",)),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}}, ("modeling_odd",)),
+        ({"num_key_value_heads": ...}, ("num_key_value_heads is not given",)),
+        ({"max_position_embeddings": ...}, ("max_position_embeddings is not given: 2,048 counted",)),
+    ],
+    ids=["all known", "class", "architecture", "nothing named", "own code", "key heads", "context"],
+)
+def test_what_is_not_known_is_said(
+    tiny: Path, knowledge: Knowledge, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    """What config.json leaves open is named, and how it was counted; nothing is guessed in silence."""
+    _edit(tiny / "config.json", **changes)
+    file = str(tiny / "config.json")
+    said = read_model(file, like="LlamaForCausalLM", knowledge=knowledge).unknown
+    assert bool(said) is bool(words)
+    assert all(word in "; ".join(said) for word in words)
+
+
+def test_experts_are_counted_or_refused(tiny: Path, knowledge: Knowledge) -> None:
+    """A dense family with experts is larger by them; experts in unknown fields are an error."""
+    file = tiny / "config.json"
+    dense = read_model(str(file), knowledge=knowledge)
+    _edit(file, num_local_experts=8)
+    mixture, shape = read_model(str(file), knowledge=knowledge), dense.shape
+    experts = 8 * 3 * shape.layers * shape.hidden * shape.intermediate
+    assert mixture.parameters - dense.parameters == experts
+    assert mixture.shape.experts == 8
+    _edit(file, num_local_experts=..., expert_groups=8)
+    with pytest.raises(ModelError, match="expert_groups"):
+        read_model(str(file), knowledge=knowledge)
 
 
 def _adapter(folder: Path) -> str:
