@@ -17,6 +17,7 @@ import questionary
 from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +27,12 @@ from advisor.units import format_bytes, format_count, format_seconds
 
 BARS = "▁▂▃▄▅▆▇█"
 BAR_WIDTH, PLOT_WIDTH, WIDE = 20, 8, 110
+PHASES = {
+    "start": "loading the libraries and the data",
+    "data": "loading the model",
+    "model": "measuring the model before it is trained",
+}
+"""Event -> what is done after it, until the first step."""
 PLAIN_LINES = 20
 """Without a terminal, a run prints about this many step lines."""
 
@@ -43,6 +50,7 @@ class RunView:
         self._losses: dict[int, float] = {}
         self._heldout: dict[str, float] = {}
         self._decision = ""
+        self._waiting = Spinner("line", style="quiet")
         self._live = Live(console=self._console, get_renderable=self._view)
 
     def __enter__(self) -> RunView:
@@ -58,6 +66,8 @@ class RunView:
     def show(self, event: dict[str, Any]) -> None:
         """Draw one event; unknown ones are ignored, since programs may write more than a person needs."""
         name = event["event"]
+        if name in PHASES:
+            self._waiting.update(text=Text(f"{PHASES[name]} ...", style="quiet"))
         if name == "start":
             self._begin(event)
         elif name == "step":
@@ -102,7 +112,7 @@ class RunView:
     def _view(self) -> Group:
         """Return the lines at the foot of the screen: the step, what was measured, the last decision."""
         if not self._step:
-            return Group()
+            return Group(*([self._waiting] if self._start else []))
         step, total = int(self._step["step"]), int(self._step["total"])
         # A run that went back draws its curve anew from there.
         losses = [loss for at, loss in self._losses.items() if at <= step]

@@ -78,6 +78,14 @@ def test_the_foot_of_a_terminal_shows_all_that_is_known(monkeypatch: pytest.Monk
     assert decided.endswith("…")
 
 
+def test_before_the_first_step_it_says_what_is_being_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading takes longer than a person waits for a sign of life; the first step takes its place."""
+    data = {"event": "data", "rows": 3, "supervised_tokens": 9}
+    assert "loading the libraries and the data ..." in _shown([START], Terminal(), monkeypatch)
+    assert "loading the model ..." in _shown([START, data], Terminal(), monkeypatch)
+    assert "loading" not in _shown([START, data, STEP], Terminal(), monkeypatch)
+
+
 def test_without_a_terminal_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """No colour, no bar, no cursor movement; long runs print a line now and then."""
     shown = _shown(EVENTS, io.StringIO(), monkeypatch, columns=40)
