@@ -221,8 +221,9 @@ def strip_generation_markers(template: str) -> str:
 def end_of_turn(template: str, *, bos_token: str = "", eos_token: str = "") -> str | None:
     """Return the text that the template writes right after an answer, without white space.
 
-    It is what an answer at the end and one followed by another question have in common; None when the
-    template writes nothing after an answer or refuses a plain conversation.
+    It is what an answer at the end and one followed by another question have in common, or what follows the
+    one at the end where they have nothing; None when the template writes nothing after an answer or refuses
+    a plain conversation.
     """
     asked = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     try:
@@ -233,8 +234,12 @@ def end_of_turn(template: str, *, bos_token: str = "", eos_token: str = "") -> s
     with contextlib.suppress(TemplateRefusalError):
         more = [*asked, {"role": "user", "content": _SECOND}]
         inside = render(template, more, bos_token=bos_token, eos_token=eos_token).rpartition(_ANSWER)[2]
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ending, inside, strict=False))
-        ending = "".join(left for left, _ in same) or ending
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ending, inside, strict=False))
+        same = "".join(left for left, _ in alike)
+        # What follows may begin alike (<|user|> and <|endoftext|>): a token that has only begun is none.
+        if same.rfind("<") > same.rfind(">"):
+            same = same[: same.rfind("<")]
+        ending = same.strip() or ending
     return ending.strip() or None
 
 

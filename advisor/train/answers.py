@@ -6,8 +6,10 @@ verify."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from advisor.errors import ModelError
@@ -23,6 +25,8 @@ from advisor.templates import (
 from advisor.types import Record
 
 Tools = list[dict[str, Any]] | None
+MOST_REWRITTEN = 4
+"""Answers of one conversation that become rows of their own."""
 
 
 class Template(Record, frozen=True, kw_only=True):
@@ -47,6 +51,8 @@ class Rendered(Record, frozen=True, kw_only=True):
     """Character span [start, end) of each answer that was found."""
     prompt: str
     """What the model is given before it writes the last answer."""
+    missed: tuple[int, ...] = ()
+    """Numbers of the messages whose answers were not found."""
 
 
 def read_template(tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
@@ -91,15 +97,42 @@ def render_answers(template: Template, messages: list[Message], tools: Tools) ->
     Raises:
         TemplateRefusalError: the template refuses the conversation.
     """
+    missed: list[int] = []
     if template.marked:
         text, found = render_with_spans(
             template.source, messages, tools=tools, bos_token=template.bos, eos_token=template.eos
         )
+        spans = [span for one in found if (span := _with_end(template, text, one)) is not None]
     else:
-        text = _render(template, messages, tools)
-        found = _by_prefix(template, messages, tools, text)
-    spans = tuple(span for one in found if (span := _with_end(template, text, one)) is not None)
-    return Rendered(text=text, spans=spans, prompt=_prompt(template, messages, tools))
+        text, spans = _render(template, messages, tools), []
+        for number in (n for n, message in enumerate(messages) if message["role"] == "assistant"):
+            one = _by_prefix(template, messages, tools, text, number)
+            span = None if one is None else _with_end(template, text, one)
+            if span is None:
+                missed.append(number)
+            else:
+                spans.append(span)
+    prompt = _prompt(template, messages, tools)
+    return Rendered(text=text, spans=tuple(spans), prompt=prompt, missed=tuple(missed))
+
+
+def rewritten_answers(
+    template: Template, messages: list[Message], tools: Tools, whole: Rendered
+) -> Iterator[Rendered]:
+    """Yield the conversation up to each answer that `whole` shows otherwise than the model would have written
+    it, with this answer alone to train on; the newest ones, since each costs all that was said before it.
+
+    Some templates leave the thoughts of earlier answers away, or put an empty thought before the last one: a
+    tool call that is not the last turn would never be trained on."""
+    for number in whole.missed[-MOST_REWRITTEN:]:
+        if number + 1 == len(messages):
+            continue
+        try:
+            found = render_answers(template, messages[: number + 1], tools)
+        except TemplateRefusalError:
+            continue
+        if number not in found.missed:
+            yield msgspec.structs.replace(found, spans=found.spans[-1:])
 
 
 def render_prompt(template: Template, messages: list[Message]) -> str:
@@ -111,19 +144,18 @@ def render_prompt(template: Template, messages: list[Message]) -> str:
     return _render(template, messages, None, prompt=True)
 
 
-def _by_prefix(template: Template, messages: list[Message], tools: Tools, text: str) -> list[tuple[int, int]]:
-    found = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        try:
-            before = _render(template, messages[:number], tools, prompt=True)
-            until = _render(template, messages[: number + 1], tools)
-        except TemplateRefusalError:
-            continue
-        if text.startswith(before) and text.startswith(until.rstrip()) and len(until) > len(before):
-            found.append((len(before), len(until)))
-    return found
+def _by_prefix(
+    template: Template, messages: list[Message], tools: Tools, text: str, number: int
+) -> tuple[int, int] | None:
+    """Return where the answer lies that the template adds to the prompt before it, if it does just that."""
+    try:
+        before = _render(template, messages[:number], tools, prompt=True)
+        until = _render(template, messages[: number + 1], tools)
+    except TemplateRefusalError:
+        return None
+    if text.startswith(before) and text.startswith(until.rstrip()) and len(until) > len(before):
+        return len(before), len(until)
+    return None
 
 
 def _with_end(template: Template, text: str, span: tuple[int, int]) -> tuple[int, int] | None:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from advisor.errors import DataError, ModelError
 from advisor.rows import Conversation, RowProblem, infer_mapping, read_rows, to_messages
 from advisor.templates import TemplateRefusalError
-from advisor.train.answers import Rendered, Template, render_answers
+from advisor.train.answers import Rendered, Template, render_answers, rewritten_answers
 from advisor.train.settings import SftSettings
 from advisor.types import RecipeDataset, Record
 
@@ -199,7 +199,8 @@ def prepare(
             "This tokenizer does not tell where its tokens lie in the text.", "Choose another model."
         )
     tally = Tally()
-    rows = list(_tokenised(_rendered(datasets, template, tally), tokenizer, settings, tally))
+    rendered = _rendered(datasets, template, tally, answers_only=settings.loss_on == "assistant")
+    rows = list(_tokenised(rendered, tokenizer, settings, tally))
     if not rows:
         raise DataError(
             f"None of the {tally.read} rows can be trained on: {told(tally.left_out, tally.examples)}.",
@@ -245,7 +246,7 @@ def prepare(
     return Prepared(
         train=table(train),
         heldout=by_dataset(heldout),
-        heldout_content=tuple(row.content for row in heldout),
+        heldout_content=tuple(dict.fromkeys(row.content for row in heldout)),
         account=account,
     )
 
@@ -307,7 +308,9 @@ def by_dataset(rows: list[Row]) -> dict[str, Dataset]:
     return {name: table([row for row in rows if row.dataset == name]) for name in names}
 
 
-def _rendered(datasets: tuple[RecipeDataset, ...], template: Template, tally: Tally) -> Iterator[_Item]:
+def _rendered(
+    datasets: tuple[RecipeDataset, ...], template: Template, tally: Tally, *, answers_only: bool
+) -> Iterator[_Item]:
     for where, one, said in conversations(datasets, tally):
         if not said.messages:
             raise DataError(
@@ -322,7 +325,9 @@ def _rendered(datasets: tuple[RecipeDataset, ...], template: Template, tally: Ta
         turns = {"messages": said.messages, **({"tools": said.tools} if said.tools else {})}
         content = orjson.dumps(turns, option=orjson.OPT_SORT_KEYS)
         key = hashlib.sha256(content).hexdigest()
-        yield _Item(where=where, key=key, dataset=one.name, content=content, rendered=rendered)
+        alone = rewritten_answers(template, said.messages, said.tools, rendered) if answers_only else ()
+        for part in (*alone, rendered):
+            yield _Item(where=where, key=key, dataset=one.name, content=content, rendered=part)
 
 
 def _tokenised(

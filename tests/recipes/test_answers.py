@@ -15,11 +15,13 @@ from tiny import CHATML, make_tiny_model
 from training import SETTINGS, rows, write_rows
 
 pytest.importorskip("torch")
+import trl
 from transformers import AutoTokenizer
 
 from advisor.errors import DataError, ModelError
-from advisor.templates import TemplateRefusalError
-from advisor.train.answers import Template, read_template, render_answers
+from advisor.rows import to_messages
+from advisor.templates import TemplateRefusalError, end_of_turn
+from advisor.train.answers import Template, read_template, render_answers, rewritten_answers
 from advisor.train.data import IGNORED, Prepared, Row, mix, prepare, split
 from advisor.train.model import settle_ending
 from advisor.train.settings import SftSettings
@@ -111,13 +113,55 @@ def test_the_prompt_is_what_the_model_will_be_given(tokenizer: Any, tmp_path: Pa
     assert made.account.prompts_checked == 5
 
 
-def test_an_answer_that_the_template_rewrites_is_not_trained_on(tokenizer: Any, tmp_path: Path) -> None:
-    """Where a template drops the thoughts of earlier answers, only the last answer is trained on."""
+def test_an_answer_that_the_template_rewrites_becomes_a_row(tokenizer: Any, tmp_path: Path) -> None:
+    """Where a template drops the thoughts of earlier answers, each is trained on as it was written: as the
+    end of what was said before it."""
     tokenizer.chat_template = FORGETS_THOUGHTS
     path = write_rows(tmp_path / "d.jsonl", [{"messages": [*CHAT[:2], THOUGHT, *CHAT[3:]]}])
     made = prepared(tokenizer, path, kind="chat", heldout_fraction=0.0)
-    shown = "".join(piece["text"] for piece in made.account.sample if piece["trained"])
-    assert shown == "No, thanks.<|im_end|>"
+    shown = [trained_text(tokenizer, row).strip("|") for row in made.train]
+    assert shown == ["<think>Hm.</think>Yes.<|im_end|>", "No, thanks.<|im_end|>"]
+    assert "Hm." not in tokenizer.decode(made.train[1]["input_ids"])
+    plain = prepared(tokenizer, path, kind="chat", heldout_fraction=0.0, loss_on="all")
+    assert len(plain.train) == 1
+
+
+TOOL_ROW: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": "Weather in Rome?"},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "look", "arguments": {"city": "Rome"}}}]},
+        {"role": "tool", "name": "look", "content": "sunny"},
+        {"role": "assistant", "content": "It is sunny."},
+    ],
+    "tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5", "llama3_1", "gptoss", "phi3"])
+def test_templates_of_real_families_mark_thoughts_and_calls(family: str) -> None:
+    """Thoughts and tool calls are part of what is trained on, questions and results of tools are not, and
+    every answer ends with the family's own end token."""
+    source = (Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja").read_text(encoding="utf-8")
+    end = end_of_turn(source, bos_token="<|begin|>", eos_token="<|endoftext|>")
+    assert end == {"llama3_1": "<|eot_id|>", "gptoss": "<|return|>", "phi3": "<|end|>"}.get(
+        family, "<|im_end|>"
+    )
+    template = Template(source=source, end=end, marked=False, bos="<|begin|>", eos="<|endoftext|>")
+    for row, wanted in (
+        ({"messages": [*CHAT[:4], THOUGHT]}, ["Yes.", "<think>"]),
+        (TOOL_ROW, ["Rome", "It is sunny."]),
+    ):
+        if "tools" in row and family in ("phi3", "gptoss"):
+            continue  # no form for them, and an end of its own for calls
+        said = to_messages(row, "chat", {name: name for name in row})
+        whole = render_answers(template, said.messages, said.tools)
+        parts = (*rewritten_answers(template, said.messages, said.tools, whole), whole)
+        answers = [part.text[start:stop] for part in parts for start, stop in part.spans]
+        assert len(answers) == len(wanted)
+        assert all(word in answer for word, answer in zip(wanted, answers, strict=True))
+        assert all(answer.endswith(end) for answer in answers)
+        assert not any("sunny" in answer for answer in answers[:-1])
 
 
 def test_all_tokens_are_trained_on_when_asked(tokenizer: Any, tmp_path: Path) -> None:
