@@ -251,6 +251,37 @@ def _adapter_inputs(
     return inner + a * (shared * spec.shape.hidden + down)
 
 
+def ends_block(spec: ModelSpec, linear: Linear) -> bool:
+    """True when nothing is kept after `linear`: it leads out of the MLP, and no norm follows."""
+    return linear.name in OUT_OF_MLP and spec.model_type not in FOUR_NORMS | QK_NORM_WHOLE
+
+
+def embedded_beside(spec: ModelSpec, settings: MemorySettings) -> int:
+    """Bytes of the embedded text under checkpointing with virtual tokens before it.
+
+    Its gradient is asked for, as always with adapters, so that it is kept beside the joined sequence."""
+    if not settings.gradient_checkpointing or tuner_name(settings.tuner) not in ("prompt_tuning", "p_tuning"):
+        return 0
+    return rows(settings) * settings.seq_len * stream_bytes(settings) * spec.shape.hidden
+
+
+def arriving_per_token(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
+    """Bytes a token of the gradients that wait while a block is computed again.
+
+    That begins when the first of its operators needs what it kept: a norm after the MLP widens the gradient
+    before it does, an adapter scales it, and DoRA widens, scales and copies it for the base's product."""
+    stream, hidden = stream_bytes(settings) * spec.shape.hidden, spec.shape.hidden
+    if spec.model_type in FOUR_NORMS | QK_NORM_WHOLE:
+        return stream + (4 * hidden if stream_bytes(settings) < 4 else 0)
+    if not any(one.name in OUT_OF_MLP for one in targeted(plan.linears, settings.target)):
+        return stream
+    sizes = widths(settings)
+    if tuner_name(settings.tuner) != "dora":
+        return stream + sizes.product * hidden
+    wide = sizes.adapter > sizes.activation
+    return stream + (sizes.activation + 2 * sizes.adapter if wide else sizes.activation) * hidden
+
+
 def backward_extra_per_token(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
     """Bytes of gradients for each token at the fullest moment of a block's backward: leaving the MLP."""
     tuner, a, s = tuner_name(settings.tuner), _inner_bytes(settings), stream_bytes(settings)

@@ -38,19 +38,20 @@ def kept(linear: Linear, settings: MemorySettings, widths: Widths, *, dora: bool
     return copied + widths.product * settings.lora_r + results
 
 
-def forward(linear: Linear, widths: Widths, *, dora: bool) -> tuple[Held, ...]:
+def forward(linear: Linear, widths: Widths, *, dora: bool, last: bool) -> tuple[Held, ...]:
     """Return the moments of the forward pass that can be the fullest.
 
     Both widen the input first (w i); under autocast that copy is not the one that is kept, and the layer
     before still holds its own result (a i). LoRA then holds the base's result, its own and its scaled own.
     DoRA multiplies an identity matrix (i x i) through the adapter to get the dense change (i x o), takes the
     norm of base plus change (with the base widened, the scaled change and their sum: 4 matrices), and mixes
-    both results by the magnitude in 32 bits (3 o)."""
+    both results by the magnitude in 32 bits (3 o). The `last` layer of a block that is computed again ends
+    as soon as the last tensor that is kept is there: before LoRA's own result, after DoRA's first product."""
     wide = widths.adapter > widths.activation
     narrowed = wide and widths.product < widths.adapter
     inputs = ((widths.adapter if narrowed else 0) + (widths.activation if wide else 0)) * linear.inputs
     if not dora:
-        results = (widths.activation + 2 * widths.product) * linear.outputs
+        results = (widths.activation + (0 if last else 2 * widths.product)) * linear.outputs
         return (Held(per_token=inputs + results),)
     identity, matrix = linear.inputs**2, linear.weights
     base = widths.adapter if widths.adapter != widths.weight else 0
@@ -64,7 +65,7 @@ def forward(linear: Linear, widths: Widths, *, dora: bool) -> tuple[Held, ...]:
         ),
         Held(per_token=inputs - later, fixed=graph + 3 * change + base * matrix),
         Held(
-            per_token=inputs + 3 * max(widths.adapter, widths.activation) * linear.outputs,
+            per_token=inputs + (1 if last else 3) * max(widths.adapter, widths.activation) * linear.outputs,
             fixed=graph + change + base * matrix,
         ),
     )

@@ -57,6 +57,7 @@ def phases_of(case: Case) -> dict[str, list[Part]]:
         "load": _load(case),
         "forward": [*held, kept, _final(case), *_weight_copies(case), _loss(case, backward=False)],
         "backward:loss": [*held, kept, _final(case), _loss(case, backward=True), *_tiled_gradient(case)],
+        "backward:norm": [*held, kept, _norm_gradients(case)],
         "backward:head": [*held, kept, _final(case), *_head(case)],
         "backward:block": [*held, kept, *_block(case), *_pending(case, ends=False)],
         "backward:first": [*steady, _gradients_at_first(case, gradients), *_block(case), *_waiting(case)],
@@ -64,6 +65,7 @@ def phases_of(case: Case) -> dict[str, list[Part]]:
         "optimizer": [*steady, gradients, states.step_copies(case.settings, case.rules, case.trainable)],
         "evaluation": [*steady, _final(case), _loss(case, backward=False)],
         **_adapted(case, held, kept),
+        **_dequantised(case, held, kept),
     }
     if case.settings.objective in ("rloo", "grpo"):
         phases["generation"] = [*steady, _generation(case)]
@@ -82,14 +84,23 @@ def _kept(case: Case) -> Part:
         return case.part("activations", blocks * (tokens * each + casts) - tokens * missing, formula)
     each = act.stream_bytes(settings) * case.spec.shape.hidden
     inputs = -(-blocks // settings.checkpoint_every)
+    beside = act.embedded_beside(case.spec, settings)
     if settings.offload_activations:  # one on its way out or in, and the one that is worked on
         inputs = min(inputs, 2)
     formula = f"{inputs} block inputs x {tokens:,} tokens x {each:,} B"
-    return case.part("activations", inputs * tokens * each, formula)
+    formula += f" + {beside:,} B of embeddings beside virtual tokens" if beside else ""
+    return case.part("activations", inputs * tokens * each + beside, formula)
 
 
 def _final(case: Case) -> Part:
     each, tokens = act.final_per_token(case.spec, case.settings), act.tokens(case.settings)
+    return case.part("final_norm", each * tokens, f"{tokens:,} tokens x {each:,} B")
+
+
+def _norm_gradients(case: Case) -> Part:
+    """The final norm's backward: its widened input, and five tensors as wide on the way to the gradient."""
+    tensors = 2 if case.spec.model_type == "gpt2" else 6  # GPT-2's norm is one kernel
+    each, tokens = 4 * tensors * case.spec.shape.hidden, act.tokens(case.settings)
     return case.part("final_norm", each * tokens, f"{tokens:,} tokens x {each:,} B")
 
 
@@ -128,13 +139,15 @@ def _adapted(case: Case, held: list[Part], kept: Part) -> dict[str, list[Part]]:
     saved = _recomputed(case) if again else kept
     before = [*held, kept] if again else held
     stream = act.stream_bytes(settings) * case.spec.shape.hidden
+    around = act.arriving_per_token(case.spec, case.plan, settings) + 2 * stream if again else 4 * stream
     phases = {}
     for linear in targeted(case.plan.linears, settings.target):
         after = tokens * act.kept_after(case.spec, case.plan, settings, linear)
         part = case.part(saved.name, max(0, saved.bytes - after), f"{saved.formula}, up to {linear.name}")
-        moments = adapted.forward(linear, act.widths(settings), dora=tuner == "dora")
+        last = again and act.ends_block(case.spec, linear)
+        moments = adapted.forward(linear, act.widths(settings), dora=tuner == "dora", last=last)
         for number, moment in enumerate(moments):
-            each = moment.per_token + (3 if again else 4) * stream
+            each = moment.per_token + around
             formula = f"{linear.name}: {tokens:,} tokens x {each:,} B + {moment.fixed:,} B"
             running = case.part("adapted_product", tokens * each + moment.fixed, formula)
             phases[f"{'backward' if again else 'forward'}:{linear.name}:{number}"] = [*before, part, running]
@@ -152,14 +165,35 @@ def _block(case: Case) -> list[Part]:
     parts = [_recomputed(case)] if settings.gradient_checkpointing else []
     extra = act.backward_extra_per_token(case.spec, plan, settings)
     parts.append(case.part("activation_gradients", extra * tokens, f"{tokens:,} tokens x {extra:,} B"))
-    largest = max(one.weights for one in plan.linears)
     if settings.weight_bits in (4, 8):
+        weights = next(one.weights for one in plan.linears if one.name in act.OUT_OF_MLP)
         later = act.after_dequantising_per_token(case.spec, plan, settings) * tokens
-        formula = f"the largest matrix: {largest:,} x 2 B, less {later:,} B that come after it"
-        parts.append(case.part("dequantised", max(0, 2 * largest - later), formula))
+        formula = f"the matrix out of the MLP: {weights:,} x 2 B, less {later:,} B that come after it"
+        parts.append(case.part("dequantised", max(0, 2 * weights - later), formula))
     if act.trains_everything(settings):
-        parts.append(_passing_gradient(case, largest))
+        parts.append(_passing_gradient(case, max(one.weights for one in plan.linears)))
     return parts
+
+
+def _dequantised(case: Case, held: list[Part], kept: Part) -> dict[str, list[Part]]:
+    """The backward product with the largest quantised matrix, between the gradients of its two sides."""
+    settings, plan, tokens = case.settings, case.plan, act.tokens(case.settings)
+    if settings.weight_bits not in (4, 8):
+        return {}
+    largest = max(plan.linears, key=lambda one: one.weights)
+    again = settings.gradient_checkpointing
+    saved = _recomputed(case) if again else kept
+    after = tokens * act.kept_after(case.spec, plan, settings, largest)
+    each = act.stream_bytes(settings) * case.spec.shape.hidden
+    each += act.compute_bytes(settings) * (largest.inputs + largest.outputs)
+    return {
+        "backward:dequantised": [
+            *held, *([kept] if again else []),
+            case.part(saved.name, max(0, saved.bytes - after), f"{saved.formula}, up to {largest.name}"),
+            case.part("activation_gradients", each * tokens, f"{tokens:,} tokens x {each:,} B"),
+            case.part("dequantised", 2 * largest.weights, f"{largest.name}: {largest.weights:,} x 2 B"),
+        ]
+    }  # fmt: skip
 
 
 def _passing_gradient(case: Case, largest: int) -> Part:
