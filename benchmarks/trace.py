@@ -191,6 +191,8 @@ def traced(
     for asked in dict.fromkeys(question(*case) for case in cases):
         if asked not in found:
             waiting.put(asked)
+    if waiting.empty():
+        return found
     with rows.open("ab") as kept, ThreadPoolExecutor(processes) as pool:
         list(pool.map(lambda _: _ask(waiting, found, kept), range(processes)))
     return found
@@ -281,6 +283,7 @@ def report(rows: list[Compared]) -> str:
         "# Memory: closed form against tracer", "",
         f"{len(rows)} settings; median {statistics.median(errors):.2%}, 90th percentile "
         f"{errors[round(0.9 * (len(errors) - 1))]:.2%}, maximum {errors[-1]:.2%}. {versions}.", "",
+        f"IA3 and layer-norm tuning of {' and '.join(WITHOUT)} are refused: PEFT names no layers there.", "",
     ]  # fmt: skip
     for what, key in (
         ("family", lambda row: row.family), ("tuner", lambda row: row.settings.tuner),
