@@ -288,14 +288,9 @@ def measure_steps(
     process = psutil.Process()
     ready = Times(seconds=time.time() - process.create_time(), cpu_seconds=time.process_time())
     trainer.args.train_sampling_strategy = "sequential"
-    watch = _Watch()
-    measure()  # the first of a process warms up
-    watch.lap()
-    measure()
-    taken = watch.lap().scaled(1 / max(probe.heldout_taken, 1))
-    evaluation = taken.scaled(probe.heldout_tokens)
-    asking = _asking(probe, evaluator, watch) if evaluator is not None else Times()
-    reference = _reference(probe, trainer, settings, watch) if recipe.objective in WITH_REFERENCE else Times()
+    evaluation, asking, reference = _beside_the_steps(
+        probe, trainer, recipe, settings, measure=measure, evaluator=evaluator
+    )
     stopwatch = _Stopwatch(probe.order.seconds)
     trainer.add_callback(stopwatch)
     trainer.train()
@@ -322,6 +317,26 @@ def measure_steps(
         cpu_seconds_per_step=whole.cpu_seconds,
         cpu_seconds=total.cpu_seconds,
     )
+
+
+def _beside_the_steps(
+    probe: Probe,
+    trainer: Any,
+    recipe: Recipe,
+    settings: Settings,
+    *,
+    measure: Callable[[], dict[str, Any]],
+    evaluator: Evaluator | None,
+) -> tuple[Times, Times, Times]:
+    """Return what one evaluation of all held-out rows, all questions, and the reference take."""
+    watch = _Watch()
+    measure()  # the first of a process warms up
+    watch.lap()
+    measure()
+    evaluation = watch.lap().scaled(probe.heldout_tokens / max(probe.heldout_taken, 1))
+    asking = _asking(probe, evaluator, watch) if evaluator is not None else Times()
+    reference = _reference(probe, trainer, settings, watch) if recipe.objective in WITH_REFERENCE else Times()
+    return evaluation, asking, reference
 
 
 def _asking(probe: Probe, evaluator: Evaluator, watch: _Watch) -> Times:
