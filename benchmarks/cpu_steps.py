@@ -34,7 +34,7 @@ from advisor.estimate.activations import rows as sequences_of  # noqa: E402
 from advisor.estimate.layers import layout  # noqa: E402
 from advisor.estimate.tunable import LOW_RANK, count  # noqa: E402
 from advisor.probe.host import cpu_identity  # noqa: E402
-from advisor.types import MemorySettings, ModelShape, ModelSpec  # noqa: E402
+from advisor.types import Hardware, MemorySettings, ModelShape, ModelSpec  # noqa: E402
 from tiny import make_tiny_model  # noqa: E402
 from training import events_of, make_run, run_here, write_rows  # noqa: E402
 
@@ -63,7 +63,6 @@ CASES: tuple[tuple[str, str, int, int, int, int, int, int], ...] = (
 CONSTANTS = (
     "seconds of an operation", "kept_byte_seconds, low_rank", "kept_byte_seconds, other",
     "block_seconds, low_rank", "block_seconds, other", "logit_seconds", "plain_logit_seconds",
-    "seconds of a trained weight in the optimizer",
 )  # fmt: skip
 
 
@@ -93,7 +92,6 @@ def measure() -> None:
             kind=KINDS.get(objective, "preference"), objective=objective, weight_bits=_bits(tuner),
             micro_batch=micro_batch, effective_batch=micro_batch * accumulated, max_seq_len=1024,
             precision="bf16", max_steps=20, loss="chunked" if objective in ("dpo", "kto") else "full_logits",
-            **({"lora_dropout": 0.0} if tuner in ("lora", "qlora") else {}),
         )  # fmt: skip
         if run_here(folder):
             raise SystemExit(str(events_of(folder, "error")))
@@ -123,7 +121,7 @@ def _bits(tuner: str) -> Any:
 
 
 def _features(case: dict[str, Any], rules: dict[str, Any]) -> list[float]:
-    """What each constant is multiplied by in one micro batch of a case."""
+    """What each constant is multiplied by in a micro batch; last, the seconds of the optimizer."""
     hidden, objective = case["hidden"], case["objective"]
     shape = ModelShape(
         layers=case["layers"], hidden=hidden, intermediate=4 * hidden, heads=hidden // 64,
@@ -149,19 +147,21 @@ def _features(case: dict[str, Any], rules: dict[str, Any]) -> list[float]:
         plan.blocks * low, plan.blocks * (not low), logits * every, logits * (not every),
     ]  # fmt: skip
     scored = 1 + rules["run"]["step_passes"].get(objective, 0) * rules["run"]["forward_share"]
-    trained = count(spec, plan, settings) / case["accumulated"]
-    return [*(value * scored for value in found), trained]
+    device = rates.rate(plan, settings, None, Hardware(ram_bytes=0, ram_free_bytes=0, cpu_cores=1), rules)
+    optimizer = rates.optimizer_seconds(settings, device, rules, count(spec, plan, settings))
+    return [*(value * scored for value in found), optimizer / case["accumulated"]]
 
 
 def report(cases: list[dict[str, Any]]) -> str:
     """Return the constants and the error of each case."""
     rules = dict(knowledge.load().rules["time"])
-    features = np.array([_features(case, rules) for case in cases])
+    found = np.array([_features(case, rules) for case in cases])
+    features, optimizer = found[:, :-1], found[:, -1]
     measured = np.array([case["cpu_seconds"] for case in cases])
     relative = features / measured[:, None]
     scale = relative.max(axis=0)
-    constants = np.linalg.lstsq(relative / scale, np.ones(len(cases)), rcond=None)[0] / scale
-    errors = features @ constants / measured - 1
+    constants = np.linalg.lstsq(relative / scale, 1 - optimizer / measured, rcond=None)[0] / scale
+    errors = (features @ constants + optimizer) / measured - 1
     lines = [
         "# Steps on a processor: constants of one core", "",
         f"{len(cases)} cases on one core of {cpu_identity(Path('/proc'))[0]}, CPU-seconds of a micro batch, "
