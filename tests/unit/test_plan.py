@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from advisor.cli.planning import require_trainable
 from advisor.errors import KnowledgeError, RefusedError, UnknownNameError, UsageError
 from advisor.knowledge import load
 from advisor.plan import make_plan
@@ -315,6 +316,33 @@ def test_what_would_be_silently_wrong_is_never_planned(
     with pytest.raises(RefusedError, match=named) as caught:
         plan(data, overrides=overrides, **options)
     assert "--method" in caught.value.remedy
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "reward"])
+def test_preferences_without_pairs_are_refused(objective: str) -> None:
+    """The reason names what is missing; what the data allow is planned in its place, and not run unasked."""
+    case = scenario(rows(), requested_method=objective)
+    made = make_plan(case, K)
+    assert made.verdict == "change_plan"
+    assert [stage.objective for stage in made.stages] == ["sft"]
+    turned_down = next(one for one in made.candidates if one.method == objective)
+    assert "pairs of a better and a worse answer" in turned_down.reasons[0]
+    with pytest.raises(RefusedError) as caught:
+        require_trainable(made, case)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_reinforcement_without_a_reward_is_refused(objective: str) -> None:
+    """Prompts alone do not say what a good answer is; a reward that is named does."""
+    goal = {"text": "a reward function marks the answers", "requested_method": objective, "force": True}
+    case = scenario(rows("prompts"), **goal)
+    with pytest.raises(RefusedError, match="how good an answer is") as caught:
+        require_trainable(make_plan(case, K), case)
+    assert caught.value.code == "no_reward"
+    assert "reward_functions" in caught.value.remedy
+    named = scenario(rows("prompts"), overrides={"reward_functions": ["length"]}, **goal)
+    require_trainable(make_plan(named, K), named)
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "ia3", "p_tuning"])
