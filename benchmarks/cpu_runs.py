@@ -8,7 +8,8 @@ benchmarks/results/cpu-runs-<date>.md. Never does: fit a constant.
 
 All run on one core with one thread (the first that this process may use, so that two can run side by side).
 CPU-seconds are compared: on a machine that does other work too they are what the wall clock would show on an
-idle one. The plan's prediction is for that one core.
+idle one, unless it is so busy that the questions before and after meet their limit of 60 seconds of the wall
+clock. The plan's prediction is for that one core.
 """
 
 from __future__ import annotations
@@ -153,8 +154,8 @@ def report(rows: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> str:
     """Return the tables in Markdown."""
     lines = [
         "# Training on a processor: predicted and measured", "",
-        f"One core of {cpu_identity(Path('/proc'))[0]}, one thread; CPU-seconds, memory as the process's "
-        "peak resident size.", "",
+        f"{len(rows)} of {len(CASES)} cases. One core of {cpu_identity(Path('/proc'))[0]}, one thread; "
+        "CPU-seconds, memory as the process's peak resident size.", "",
         "| case | time, predicted | measured | error | probe | error | memory, predicted | high | measured "
         "| error |",
         "|---|---|---|---|---|---|---|---|---|---|",

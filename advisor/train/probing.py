@@ -13,7 +13,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -63,12 +63,17 @@ class Times(Record, frozen=True, kw_only=True):
         return Times(seconds=self.seconds + other.seconds, cpu_seconds=self.cpu_seconds + other.cpu_seconds)
 
 
-def mean_of(laps: Sequence[Times]) -> Times:
-    """Return the mean; nothing of none."""
+def sum_of(laps: Iterable[Times]) -> Times:
+    """Return the sum; nothing of none."""
     total = Times()
     for one in laps:
         total = total.plus(one)
-    return total.scaled(1 / max(len(laps), 1))
+    return total
+
+
+def mean_of(laps: Sequence[Times]) -> Times:
+    """Return the mean; nothing of none."""
+    return sum_of(laps).scaled(1 / max(len(laps), 1))
 
 
 class Probe:
@@ -345,16 +350,23 @@ def _asking(probe: Probe, evaluator: Evaluator, watch: _Watch) -> Times:
     Rows are scored once before, and twice after: with their own questions and with others'.
     """
     evaluator.score()
-    scored = watch.lap().scaled(3 * probe.scored_tokens / max(probe.heldout_taken, 1))
+    rows = watch.lap().scaled(probe.scored_tokens / max(probe.heldout_taken, 1))
     if not evaluator.batches:
-        return scored
+        return rows.scaled(3)
     evaluator.answer(FEW_ANSWERED)
     few = watch.lap()
     evaluator.answer(MORE_ANSWERED)
     token = watch.lap().plus(few.scaled(-1)).scaled(1 / (MORE_ANSWERED - FEW_ANSWERED))
     batch = few.plus(token.scaled(ANSWER_TOKENS - FEW_ANSWERED))
-    batches = min(evaluator.batches, max(1, math.ceil(MOST_SECONDS / max(batch.seconds, 1e-9))))
-    return scored.plus(batch.scaled(2 * batches))
+    return sum_of(
+        scored.plus(batch.scaled(min(evaluator.batches, _batches_in(MOST_SECONDS - scored.seconds, batch))))
+        for scored in (rows, rows.scaled(2))
+    )
+
+
+def _batches_in(seconds: float, batch: Times) -> int:
+    """Return how many batches are begun in so many seconds."""
+    return max(0, math.ceil(seconds / max(batch.seconds, 1e-9)))
 
 
 def _reference(probe: Probe, trainer: Any, settings: Settings, watch: _Watch) -> Times:
