@@ -53,7 +53,7 @@ class Follower:
         """Pass events on and act on them until the program ends."""
         said: Event | None = None
         asked = 0
-        watch = MachineWatch(self._folder, workers.pid)
+        watch = MachineWatch(self._folder, workers.pid, sensors=self._rules.machine.hot_sensors)
         with Interrupts() as interrupts:
             while True:
                 status = workers.poll()

@@ -21,8 +21,8 @@ LOOK_EVERY_SECONDS = 2.0
 class MachineWatch:
     """Looks every two seconds; `look` returns an event when it has."""
 
-    def __init__(self, folder: Path, pid: int) -> None:
-        self._folder, self._pid = folder, pid
+    def __init__(self, folder: Path, pid: int, *, sensors: tuple[str, ...]) -> None:
+        self._folder, self._pid, self._sensors = folder, pid, sensors
         self._kills = oom_kills(Path("/proc"), Path("/sys"))
         self._ram, _ = memory(Path("/proc"), Path("/sys"))
         self._held = 0
@@ -43,7 +43,7 @@ class MachineWatch:
             "event": "machine",
             "disk_free_bytes": shutil.disk_usage(self._folder).free,
             "slept_seconds": max(0.0, round(slept, 1)),
-            **(processor_heat() if sys.platform == "linux" else {}),
+            **(processor_heat(self._sensors) if sys.platform == "linux" else {}),
         }
 
     def at_the_end(self) -> dict[str, Any]:
@@ -63,10 +63,15 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
-def processor_heat() -> dict[str, float]:
+def processor_heat(drivers: tuple[str, ...]) -> dict[str, float]:
     """Return the temperature that is nearest to its sensor's limit, that limit and the clock's share of the
-    highest; nothing where the machine does not tell, as in most containers."""
-    sensors = [one for found in psutil.sensors_temperatures().values() for one in found]
+    highest; nothing where the machine does not tell, as in most containers.
+
+    Args:
+        drivers: whose sensors are a processor's.
+    """
+    found = psutil.sensors_temperatures()
+    sensors = [one for driver in drivers for one in found.get(driver, ())]
     limits = [(one.current, limit) for one in sensors if (limit := one.high or one.critical)]
     clock = psutil.cpu_freq()
     if not limits or clock is None or not clock.max:

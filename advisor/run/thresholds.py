@@ -93,6 +93,7 @@ class MachineRules(_Sourced, frozen=True, kw_only=True):
     disk_checkpoints: float
     slept_seconds: float
     hot_clock_share: float
+    hot_sensors: tuple[str, ...]
     hot_looks: int
     hot_steps: int
 
