@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # all faults are one process
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "faults.py"
-SAMPLE = ("memory_rungs", "nan", "kill", "interrupt")
+SAMPLE = ("memory_rungs", "nan", "kill", "interrupt", "supervisor_killed")
 
 
 @pytest.fixture(scope="module")
@@ -30,5 +30,5 @@ def found() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("fault", SAMPLE)
 def test_a_run_survives(found: dict[str, dict[str, Any]], fault: str) -> None:
     """Out of memory down every rung, a loss that is no number, SIGKILL with cut files and a moved folder,
-    Ctrl-C: each ends well, and in the same bits where nothing but the fault was different."""
+    Ctrl-C, a killed supervisor: each ends well, in the same bits where only the fault was different."""
     assert found[fault]["passed"] is True, found[fault]["outcome"]
