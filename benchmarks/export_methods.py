@@ -18,13 +18,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 QUANTS = ("F32", "F16", "Q8_0", "Q4_K_M")
-BASES: dict[str, dict[str, bool]] = {
-    "qwen2": {"tied": True},
-    "gpt2": {"tied": False},
-    "llama": {"tied": False},
-}
-SAVED = {"qwen2": "input_layernorm", "llama": "input_layernorm", "gpt2": "ln_1"}
-ENDS = {"qwen2": "embed_tokens", "llama": "embed_tokens", "gpt2": "wte"}
+BASES: dict[str, dict[str, bool]] = {"qwen2": {"tied": True}, "gpt2": {"tied": False}}
+SAVED = {"qwen2": "input_layernorm", "gpt2": "ln_1"}
+ENDS = {"qwen2": "embed_tokens", "gpt2": "wte"}
 MANY = "the quick brown fox runs over the hill to the sea, and 12 boats of 3,450 wait there in March. " * 4
 
 
@@ -125,7 +121,7 @@ def main() -> None:
             for name, config in methods(base).items():
                 if given.only not in (None, name):
                     continue
-                adapter = make_adapter(folder, config, Path(place, f"{base}-{name}"))
+                adapter = make_adapter(folder, config, Path(place, f"{base}-{name}"), size=0.04)
                 out = Path(place, f"{base}-{name}-out")
                 low_rank = config.peft_type == "LORA"
                 cells = [*proved(adapter, out), as_lora_file(folder, adapter, out) if low_rank else ""]

@@ -33,8 +33,10 @@ METHODS: dict[str, peft.PeftConfig] = {
 }  # fmt: skip
 
 
-def make_adapter(base: Path, config: peft.PeftConfig, target: Path, *, seed: int = 1) -> Path:
-    """Write an adapter whose weights are all random, and the same each time."""
+def make_adapter(
+    base: Path, config: peft.PeftConfig, target: Path, *, seed: int = 1, size: float = 0.1
+) -> Path:
+    """Write an adapter whose weights are all random, and the same each time; `size` is their deviation."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     model = peft.get_peft_model(model, copy.deepcopy(config))
@@ -42,6 +44,6 @@ def make_adapter(base: Path, config: peft.PeftConfig, target: Path, *, seed: int
     with torch.no_grad():
         for value in model.parameters():
             if value.requires_grad:
-                value.add_(0.1 * torch.randn(value.shape, generator=random))
+                value.add_(size * torch.randn(value.shape, generator=random))
     model.save_pretrained(target)
     return target

@@ -135,6 +135,22 @@ def virtual_tokens(folder: Path | None) -> int:
     return int(config["num_virtual_tokens"]) if config.get("peft_type") in _PROMPTS else 0
 
 
+def check_merges(folder: Path) -> None:
+    """Check that peft itself can merge an adapter, for a base whose architecture is not known here.
+
+    Raises:
+        ExportError: it is of a kind that stays beside its base; the reason is given.
+    """
+    kind = read_json(folder / "adapter_config.json").get("peft_type", "(none)")
+    virtual = "virtual tokens have a place only in architectures that are written here"
+    reason = virtual if kind in (*_PROMPTS, _PREFIX_TUNING) else _REFUSED.get(kind)
+    if reason is not None:
+        raise ExportError(
+            f"An adapter of type {kind} cannot be merged: {reason}.",
+            "Train with lora instead where a GGUF is wanted: ftadvisor plan --method lora",
+        )
+
+
 def grown_config(config: dict[str, Any], count: int) -> dict[str, Any]:
     """Return config.json of the model whose vocabulary holds so many virtual tokens more."""
     return {**config, "vocab_size": config["vocab_size"] + count} if count else config

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from advisor.errors import ExportError, MissingPackageError, UnknownNameError, UsageError
-from advisor.export.adapter import Adapter, grown_config, open_adapter
+from advisor.export.adapter import Adapter, check_merges, grown_config, open_adapter
 from advisor.export.architecture import MetaValue, ModelPlan, plan_model
 from advisor.export.checkpoint import optional_json
 from advisor.export.config_fields import is_tied, vocabulary_rows
@@ -119,6 +119,8 @@ def export_model(
                 "An importance matrix is not for architectures that llama.cpp's own converter writes.",
                 "Leave --imatrix out.",
             )
+        if trained.adapter is not None:
+            check_merges(Path(trained.adapter))
         converter = find_converter(llama_cpp, cache=cache or place, offline=offline, on_progress=on_progress)
         return _convert(source, trained, converter, wanted, place, on_progress)
     adapter = None if trained.adapter is None else open_adapter(Path(trained.adapter))

@@ -20,7 +20,7 @@ from typing import Any
 
 import gguf
 
-from advisor.errors import ExportError, MissingPackageError
+from advisor.errors import DiskError, ExportError, MissingPackageError
 from advisor.export.checkpoint import open_checkpoint
 from advisor.export.encode import Type
 from advisor.export.files import complete_file, need_space
@@ -34,8 +34,13 @@ _CHILD = Path(__file__).with_name("converter_child.py")
 _MERGE = """
 import sys, torch, transformers, peft
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", local_files_only=True)
-model = peft.PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload(safe_merge=True)
-model.save_pretrained(sys.argv[3])
+model = peft.PeftModel.from_pretrained(model, sys.argv[2])
+base = model.get_base_model()
+ends = base.get_input_embeddings(), base.get_output_embeddings()
+apart = peft.tuners.lora.LoraLayer, peft.utils.ModulesToSaveWrapper
+if base.config.tie_word_embeddings and any(isinstance(end, apart) for end in ends):
+    sys.exit("it changes the embedding or the output layer, which are one matrix in the base")
+model.merge_and_unload(safe_merge=True).save_pretrained(sys.argv[3])
 """
 _STORED = {"BF16": "BF16", "F16": "F16"}
 
@@ -157,10 +162,14 @@ def _run(arguments: list[str], what: str) -> None:
         return
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     last = lines[-1] if lines else f"it ended with status {child.returncode}"
+    if "No space left on device" in last or "File too large" in last:
+        raise DiskError(
+            f"{what} cannot write: {last}.", "Free some space or choose another folder with --out."
+        )
     if last.startswith("ModuleNotFoundError"):
         missing = last.rpartition("'")[0].rpartition("'")[2]
         raise MissingPackageError(missing, "train")
     raise ExportError(
         f"{what} does not take this model: {last}",
-        "Export merged weights instead: ftadvisor export FOLDER --to merged",
+        "Keep it for transformers and peft, which run it as it was trained: ftadvisor chat FOLDER",
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,22 @@ def test_prefix_is_a_state_beside_the_base(bases: dict[str, Path], tmp_path: Pat
     Path(other.path).write_bytes(Path(other.path).read_bytes()[:-100])
     with pytest.raises(InputError, match="cut short"):
         ChatSession(file, prefix=Path(other.path))
+
+
+def test_full_disk_leaves_no_prefix(bases: dict[str, Path], tmp_path: Path) -> None:
+    """When the disk fills up while the state is written, the error says so and nothing is left."""
+    adapter = make_adapter(bases["llama"], METHODS["prefix"], tmp_path / "adapter")
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom advisor.export import export_model\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n"
+        "export_model(Path(sys.argv[1]), to=('prefix-state',), out=Path(sys.argv[2]))\n"
+    )
+    out = tmp_path / "out"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(adapter), str(out)], capture_output=True, text=True, check=False
+    )
+    assert "DiskError" in ended.stderr
+    assert list(out.iterdir()) == []
 
 
 def test_what_cannot_be_a_gguf_says_what_to_do(bases: dict[str, Path], tmp_path: Path) -> None:

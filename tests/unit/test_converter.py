@@ -58,6 +58,22 @@ def test_what_the_converter_cannot_help_is_told_without_it(tmp_path: Path) -> No
             export_model(folder, quants=("F16",), out=tmp_path / "out", llama_cpp=tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING", "BOTTLENECK"])
+def test_what_peft_cannot_merge_is_told_before_the_converter_is_fetched(tmp_path: Path, kind: str) -> None:
+    """On an unknown architecture, adapters that stay beside their base are refused at once."""
+    folder = make_tiny_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["StrangeForCausalLM"]}))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": kind, "base_model_name_or_path": str(folder)})
+    )
+    with pytest.raises(ExportError, match=f"{kind} cannot be merged"):
+        export_model(adapter, quants=("F16",), out=tmp_path / "out", offline=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_the_converter_is_unpacked(tmp_path: Path) -> None:
     """Of a source package of 77 MB the converter and its library are kept, and nothing leaves the folder."""
     names = (
@@ -89,14 +105,17 @@ def test_changed_copy_is_not_used(tmp_path: Path) -> None:
         find_converter(None, cache=tmp_path, offline=True, on_progress=_silent)
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
 @pytest.mark.slow
 @pytest.mark.skipif(
     "FTADVISOR_LLAMA_CPP" not in os.environ,
     reason="FTADVISOR_LLAMA_CPP names no checkout of llama.cpp, whose converter this needs",
 )
 def test_other_architecture_is_converted_and_proved(tmp_path: Path) -> None:
-    """An architecture that is not written here comes out right, tokenizer included."""
+    """An architecture that is not written here comes out right, tokenizer and adapter included."""
     import transformers
+
+    from methods import METHODS, make_adapter
 
     folder = make_tiny_model(tmp_path / "model")
     made = transformers.StableLmConfig(
@@ -105,6 +124,9 @@ def test_other_architecture_is_converted_and_proved(tmp_path: Path) -> None:
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(made).save_pretrained(folder)
     checkout = Path(os.environ["FTADVISOR_LLAMA_CPP"])
-    for file in export_model(folder, quants=("F16", "Q4_K_M"), llama_cpp=checkout).files:
-        proof = verify_gguf(Path(file.path), against=folder)
-        assert proof.passed, [check.evidence for check in proof.checks if not check.passed]
+    adapter = make_adapter(folder, METHODS["dora"], tmp_path / "adapter")
+    for source in (folder, adapter):
+        for file in export_model(source, quants=("F16", "Q4_K_M"), llama_cpp=checkout).files:
+            proof = verify_gguf(Path(file.path), against=source)
+            assert proof.passed, [check.evidence for check in proof.checks if not check.passed]
+        assert not [path for path in (source / "export").iterdir() if path.name.startswith(".")]
