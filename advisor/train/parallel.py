@@ -93,7 +93,10 @@ def parallel_arguments(recipe: Recipe) -> dict[str, Any]:
     if recipe.parallel.kind == "fsdp":
         # A recipe that was derived while it ran may save activations where the planned one did not.
         saves = {"fsdp_activation_checkpointing": bool(recipe.settings.get("gradient_checkpointing", False))}
-        return {"fsdp": True, "fsdp_config": {**read_yaml(ACCELERATE)["fsdp_config"], **saves}}
+        # Else each process would hold the whole gradient between micro batches.
+        each = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+        sharded = {"fsdp": True, "fsdp_config": {**read_yaml(ACCELERATE)["fsdp_config"], **saves}}
+        return {**sharded, "accelerator_config": each}
     if recipe.parallel.kind == "zero3":
         return {"deepspeed": str(DEEPSPEED)}
     return {"ddp_find_unused_parameters": False}

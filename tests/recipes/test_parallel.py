@@ -101,9 +101,24 @@ def _signal_after_first_step(folder: Path, process: int) -> None:
 def test_fsdp_holds_a_half_in_each_process_and_trains_as_one_does(
     alone: Path, tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Same losses, the whole model saved once, and a resumed run ends in the same weights."""
+    """Same losses, sharded gradients, the model saved whole, and a resumed run ends in the same weights."""
+    from torch.distributed.fsdp import FSDPModule
+
     folder = spread_run(tmp_path / "run", "fsdp", tuner="full", model=tiny_model, data=data)
-    assert run_spread(folder, first=shard_on_cpu) == [0, 0], events_of(folder, "error")
+
+    def shard_and_watch(number: int) -> None:
+        shard_on_cpu(number)
+        settle = FSDPModule.set_requires_gradient_sync
+
+        def told(self: Any, wanted: bool, **rest: Any) -> None:
+            if not wanted:
+                (folder / "whole_gradients").touch()
+            settle(self, wanted, **rest)
+
+        FSDPModule.set_requires_gradient_sync = told  # type: ignore[method-assign,assignment]
+
+    assert run_spread(folder, first=shard_and_watch) == [0, 0], events_of(folder, "error")
+    assert not (folder / "whole_gradients").exists()
     assert losses(folder) == pytest.approx(losses(alone), abs=SAME_LOSS)
     (found,) = events_of(folder, "parallel")
     assert (found["kind"], 2 * found["held_here"]) == ("fsdp", found["parameters"])
