@@ -38,7 +38,7 @@ from advisor.run.page import write_page
 from advisor.run.policy import Action
 from advisor.run.supervisor import run_plan
 from advisor.storage import read_record, write_json
-from advisor.types import Asked, Measured, Recipe, RunReport
+from advisor.types import Asked, Measured, Observation, Recipe, RunReport
 from cases import A100, plan
 from cases import rows as planned_rows
 from training import make_run, rows, run, write_rows
@@ -539,6 +539,35 @@ def test_a_wrong_setting_is_said_at_once(stage: Stage) -> None:
     recipe.write_bytes(recipe.read_bytes().replace(b"warmup_ratio", b"warm_up_ratio"))
     with pytest.raises(UnknownNameError, match="warmup_ratio"):
         run(folder)
+
+
+def test_a_finished_run_is_remembered_and_a_failed_one_is_not(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line without paths; `estimate --calibration` names the file; deleting it forgets."""
+    kept = stage.place / "calibration.jsonl"
+    monkeypatch.setenv("FTADVISOR_CALIBRATION", str(kept))
+    folder = stage.program("if not Path('go').exists(): say('TrainingError', 'mishap', 'not yet')\nstep(5)")
+    with pytest.raises(TrainingError):
+        run(folder)
+    assert not kept.exists()
+    (folder / "go").touch()
+    run(folder, resume=True)
+    (line,) = kept.read_bytes().splitlines()
+    seen = msgspec.json.decode(line, type=Observation)
+    assert (seen.kind, seen.tuner, seen.steps, seen.measured_peak_bytes) == ("run", "full", 5, 1005)
+    assert seen.measured_seconds
+    assert seen.packages
+    assert str(stage.place) not in line.decode()
+    answer = [sys.executable, "-m", "advisor", "estimate", "--calibration"]
+    assert str(kept) in subprocess.run(answer, capture_output=True, text=True, check=True).stdout.replace(
+        "\n", ""
+    )
+    kept.unlink()
+    assert (
+        "Nothing was trained here yet"
+        in subprocess.run(answer, capture_output=True, text=True, check=True).stdout
+    )
 
 
 TWO_STAGES = """
