@@ -20,6 +20,7 @@ from advisor.run.verdict import is_share
 from advisor.storage import file_sha256, read_record, write_atomic
 from advisor.types import (
     Band,
+    Candidate,
     Change,
     Export,
     ExportedFile,
@@ -107,7 +108,7 @@ def _environment() -> jinja2.Environment:
     environment.filters.update(
         bytes=format_bytes, count=format_count, seconds=format_seconds, value=_value, band=_band,
         before=_before, after=_after, change=_change, verdict=VERDICTS.__getitem__,
-        times=lambda band: _band(band, format_seconds), file=lambda path: Path(path).name,
+        way=_way, times=lambda band: _band(band, format_seconds), file=lambda path: Path(path).name,
     )  # fmt: skip
     return environment
 
@@ -200,6 +201,11 @@ def _band(band: Band | None, words: Callable[[float], str] = format_bytes) -> st
     if band is None:
         return ""
     return f"{words(band.expected)} ({words(band.low)} to {words(band.high)})"
+
+
+def _way(candidate: Candidate) -> str:
+    """Return method, objectives and model; a way that is named after its objective says it once."""
+    return " ".join(dict.fromkeys((candidate.method, "+".join(candidate.objectives), candidate.model)))
 
 
 def _before(change: Change) -> str:
