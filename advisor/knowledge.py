@@ -8,11 +8,11 @@ missing field; accept an unknown key.
 from __future__ import annotations
 
 import functools
-import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import tomli
 
 from advisor.errors import KnowledgeError
 from advisor.programs import read_programs
@@ -119,8 +119,8 @@ def _paths(folders: tuple[Path, ...], pattern: str) -> list[Path]:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as problem:
         raise KnowledgeError(f"{path} cannot be read: {problem}", "Mend the file or remove it.") from problem
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import tomli
 
 from advisor.errors import KnowledgeError, UnknownNameError, UsageError
 from advisor.types import Program, ProgramKey, Value
@@ -24,13 +25,19 @@ def read_programs(folder: Path) -> dict[str, Program]:
     Raises:
         KnowledgeError: a program.toml is not TOML or has an unknown field.
     """
-    found = {}
-    for file in sorted(folder.glob("*/program.toml")):
-        try:
-            found[file.parent.name] = msgspec.toml.decode(file.read_bytes(), type=Program)
-        except (OSError, UnicodeDecodeError, msgspec.DecodeError) as problem:
-            raise KnowledgeError(f"{file}: {problem}", "Mend the file or install anew.") from problem
-    return found
+    return {file.parent.name: read_program(file) for file in sorted(folder.glob("*/program.toml"))}
+
+
+def read_program(file: Path) -> Program:
+    """Return what a program.toml says.
+
+    Raises:
+        KnowledgeError: it is not TOML or has an unknown field.
+    """
+    try:
+        return msgspec.convert(tomli.loads(file.read_text(encoding="utf-8")), Program)
+    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError, msgspec.ValidationError) as problem:
+        raise KnowledgeError(f"{file}: {problem}", "Mend the file or install anew.") from problem
 
 
 def check_value(key: str, value: Value, facts: ProgramKey, see: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import tomllib
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import click
 import msgspec
 import orjson
+import tomli
 
 from advisor.chat import ChatSession
 from advisor.cli import options
@@ -151,7 +151,7 @@ def _ask(gguf: str, prompts: list[str]) -> list[str]:
 
 def _compare(folder: Path, base: str, tuned: str, method: str, *, verified: bool) -> DemoAnswer:
     starter = starter_dir()
-    rule = tomllib.loads((starter / "brand_voice.toml").read_text(encoding="utf-8"))
+    rule = tomli.loads((starter / "brand_voice.toml").read_text(encoding="utf-8"))
     heldout = [
         message["content"]
         for row in _lines(starter / "brand_voice_heldout.jsonl")

@@ -7,8 +7,9 @@ check sources (advisor.knowledge does); load anything else, because training pro
 from __future__ import annotations
 
 import functools
-import tomllib
 from typing import Any
+
+import tomli
 
 from advisor.errors import KnowledgeError
 from advisor.resources import kb_dir, kb_overlay_dir
@@ -25,8 +26,8 @@ def rule_table(name: str) -> dict[str, Any]:
     paths = [folder / "rules" / f"{name}.toml" for folder in folders]
     path = next((path for path in paths if path.is_file()), paths[-1])
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as problem:
         raise KnowledgeError(f"{path} cannot be read: {problem}", "Mend the file or remove it.") from problem
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from advisor.errors import InputError, RefusedError
+from advisor.programs import read_program
 from advisor.recipe import check
 from advisor.resources import recipes_dir
 from advisor.run.devices import ACCELERATE
@@ -111,7 +112,7 @@ def _job(folder: Path, file: Path, estimate: StageEstimate | None, *, last: bool
         raise RefusedError(
             f"This version has no training program {recipe.program!r}.", "Plan again: ftadvisor plan --help"
         )
-    facts = msgspec.toml.decode((program / "program.toml").read_bytes(), type=Program)
+    facts = read_program(program / "program.toml")
     check(recipe, facts)
     _check_parallel(folder, recipe, facts)
     return Job(

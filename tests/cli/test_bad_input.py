@@ -237,7 +237,7 @@ def test_several_machines_side_by_side(tmp_path: Path) -> None:
 
 
 def test_model_without_chat_template(tmp_path: Path, model: Path) -> None:
-    """A model that does not say how it marks turns is refused before a run folder is written."""
+    """A model that does not say how it marks turns is given a plain template, and the plan says so."""
     (model / "chat_template.jinja").unlink(missing_ok=True)
     config = json.loads((model / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
@@ -246,8 +246,9 @@ def test_model_without_chat_template(tmp_path: Path, model: Path) -> None:
         json.dumps([GOOD | {"instruction": f"Say hello {i}"} for i in range(300)])
     )
     answer = _plan(tmp_path, "--model", str(model), "--data", "data.json", "--out", "run")
-    _assert_error(answer, 1, "chat template")
-    assert not (tmp_path / "run").exists()
+    assert answer.returncode == 0, answer.stderr
+    assert "no chat template: it is given a plain one" in answer.stdout
+    assert (tmp_path / "run" / "recipe.yaml").exists()
 
 
 @pytest.mark.parametrize(
