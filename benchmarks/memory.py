@@ -21,7 +21,7 @@ from typing import Any
 
 from advisor import knowledge
 from advisor.errors import AdvisorError
-from advisor.estimate.activations import tokens
+from advisor.estimate.activations import saved_per_token, tokens
 from advisor.estimate.layers import layout
 from advisor.estimate.memory import estimate_memory
 from advisor.estimate.stated import stated_tuner
@@ -238,14 +238,21 @@ def _outside(terms: dict[str, Any], spec: ModelSpec, settings: MemorySettings) -
         each += 2 * (3 * shape.hidden + shape.intermediate)
     if terms.get("keeps_cache") and settings.tuner != "prefix_tuning":
         each += 2 * 2 * shape.kv_heads * shape.head_dim
+    if compiled := terms.get("compiled"):
+        sizes = {
+            "hidden": shape.hidden,
+            "query": shape.heads * shape.head_dim,
+            "intermediate": shape.intermediate,
+        }
+        kept = sum(factor * sizes[name] for name, factor in compiled.items()) + 4 * shape.heads
+        each += kept - saved_per_token(spec, plan, settings)
     if "mlp_kept" in SHAPES.get(spec.id, {}):
         each -= 2 * (4 - SHAPES[spec.id]["mlp_kept"]) * shape.intermediate
     blocks = 1 if settings.gradient_checkpointing else plan.blocks
     whole = 2 * (plan.blocks + 2) * plan.block_weights if terms.get("whole_gradients") else 0
     wide = terms.get("wide_vocabulary", 0) * (plan.embedding + plan.head)
     logits = terms.get("logit_bytes", 0) * shape.vocab
-    kept = tokens(settings) * (blocks * each + logits)
-    return int(kept + whole + wide)
+    return int(tokens(settings) * (blocks * each + logits) + whole + wide)
 
 
 def report(rows: list[Row], how: dict[str, Any]) -> str:
