@@ -430,7 +430,7 @@ class MemoryEstimate(Record, frozen=True, kw_only=True):
 
 
 class TracedPeaks(Record, frozen=True, kw_only=True):
-    """Bytes of live tensors in the second of two traced steps."""
+    """Bytes of live tensors in a traced step."""
 
     steady: int
     """Before the step."""

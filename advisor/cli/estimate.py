@@ -92,6 +92,10 @@ class CalibrationAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--adapter-bits", type=click.Choice(["16", "32"]), default="32", show_default=True)
 @click.option("--double-quant/--no-double-quant", default=True, show_default=True)
 @click.option("--accumulate/--no-accumulate", default=True, show_default=True, help="Several micro batches.")
+@click.option("--checkpoint-every", type=click.IntRange(min=1), default=1, show_default=True, help="Blocks.")
+@click.option(
+    "--offload", is_flag=True, help="Optimizer states, and shards of weights, in the host's memory."
+)
 @click.option("--offload-activations", is_flag=True, help="Block inputs wait in the host's memory.")
 @click.option("--optimizer-in-backward", is_flag=True, help="No gradient is kept.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True)

@@ -1,4 +1,4 @@
-"""What would two training steps hold by the libraries that are installed here?
+"""What would a training step hold by the libraries that are installed here?
 
 Goes in: a ModelSpec and MemorySettings. Comes out: a MemoryEstimate of the engine `trace`, kept in the cache
 folder by model, settings and versions. Never does: import torch; read weights; use the network.

@@ -1,12 +1,12 @@
-"""How much memory would two training steps hold, by the libraries that are installed here?
+"""How much memory would a training step hold, by the libraries that are installed here?
 
     python -P -m advisor.train.trace < questions.jsonl
 
 Goes in: JSON lines, each with `spec` (ModelSpec) and `settings` (MemorySettings). Comes out: a JSON line for
-each (TracedPeaks), with the bytes held at the peak of `forward`, `backward` and `optimizer` of the second
-step, and `steady` before it. A deep model is traced at a few smaller depths: what a block adds does not
-depend on how many there are. Never does: allocate (the model lies on the meta device), read weights, use a
-GPU or the network.
+each (TracedPeaks), with the bytes held at the peak of `forward`, `backward` and `optimizer` of a step, and
+`steady` before it; the optimizer has made its states. A deep model is traced at a few smaller depths: what
+a block adds does not depend on how many there are. Never does: allocate (the model lies on the meta device),
+read weights, use a GPU or the network.
 
 The model, its checkpointing, the adapters and TRL's loss are the real ones. Stand-ins take the place of what
 the meta device cannot run: attention kernels, NF4 matrices, autocast, and the fused optimizer."""
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import msgspec
@@ -39,6 +38,16 @@ TUNERS = (
 OBJECTIVES = ("sft", "cpt", "dpo", "kto", "orpo", "simpo", "reward")
 
 
+TRACED: dict[str, tuple[Any, ...]] = {
+    "tuner": TUNERS, "objective": OBJECTIVES, "weight_bits": (4, 16, 32), "shard": ("none",),
+    "offload": (False,), "offload_activations": (False,), "optimizer_in_backward": (False,),
+    "checkpoint_every": (1,),
+    "optimizer": (
+        "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
+        "paged_adamw_32bit",
+    ),
+}  # fmt: skip
+"""Settings that the tracer follows; any other value of these would be traced as something else."""
 WHOLE_BLOCKS = 48
 """A model of more blocks is traced at smaller depths."""
 DEPTHS = (4, 8, 12, 24)
@@ -118,21 +127,33 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's mod
 
 
 def trace(spec: ModelSpec, settings: MemorySettings) -> TracedPeaks:
-    """Follow every tensor of two steps.
+    """Follow every tensor of a step.
 
     Raises:
-        RefusedError: the tuner or the objective is not one that is traced.
+        RefusedError: the model or a setting is not one that is traced.
     """
-    if settings.tuner not in TUNERS or settings.objective not in OBJECTIVES:
-        raise RefusedError(
-            f"{settings.objective} with {settings.tuner} is not traced; valid: {', '.join(OBJECTIVES)} with "
-            f"{', '.join(TUNERS)}.",
-            "Use --engine closed_form.",
-        )
+    _require_traced(spec, settings)
     prepare(settings)
     if spec.shape.layers <= WHOLE_BLOCKS:
         return _peaks(moments(spec, settings))
     return extrapolate(spec, settings)
+
+
+def _require_traced(spec: ModelSpec, settings: MemorySettings) -> None:
+    """Refuse what would be traced as something else."""
+    wrong = [f"{name} = {value}" for name, value in _chosen(settings) if value not in TRACED[name]]
+    if wrong:
+        name = wrong[0].partition(" ")[0]
+        valid = ", ".join(map(str, TRACED[name]))
+        raise RefusedError(
+            f"{', '.join(wrong)} is not traced; valid for {name}: {valid}.", "Use --engine closed_form."
+        )
+    if spec.shape.experts:
+        raise RefusedError("A mixture of experts is not traced.", "Use --engine closed_form.")
+
+
+def _chosen(settings: MemorySettings) -> list[tuple[str, Any]]:
+    return [(name, getattr(settings, name)) for name in TRACED]
 
 
 def extrapolate(spec: ModelSpec, settings: MemorySettings) -> TracedPeaks:
@@ -166,13 +187,13 @@ def _peaks(found: dict[str, int]) -> TracedPeaks:
 
 
 def moments(spec: ModelSpec, settings: MemorySettings) -> dict[str, int]:
-    """Return the bytes held at the fullest of each moment of the second step."""
+    """Return the bytes held at the fullest of each moment of a step."""
     model = build(spec, settings)
     ledger = Ledger(spec.shape.vocab)
     with ledger:
         for tensor in (*model.parameters(), *model.buffers()):
             ledger.add(tensor)
-        return _steps(model, spec, settings, ledger)
+        return _step(model, spec, settings, ledger)
 
 
 def _mark(model: nn.Module, layers: int, ledger: Ledger) -> list[int]:
@@ -192,29 +213,42 @@ def _mark(model: nn.Module, layers: int, ledger: Ledger) -> list[int]:
     return ended
 
 
-def _steps(model: nn.Module, spec: ModelSpec, settings: MemorySettings, ledger: Ledger) -> dict[str, int]:
+def _step(model: nn.Module, spec: ModelSpec, settings: MemorySettings, ledger: Ledger) -> dict[str, int]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=True) if settings.optimizer == "adamw_torch" else None
-    inputs = _inputs(settings)
-    states: list[Tensor] = []
-    found: dict[str, int] = {}
-    ended = _mark(model, spec.shape.layers, ledger)
-    for step in range(2):
-        if step and settings.accumulate:
-            for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
-        ledger.take_peak()
-        found = {"steady": ledger.now}
-        with Autocast(torch.bfloat16) if mixed(settings) else contextlib.nullcontext():
-            held = _loss(model, inputs, inputs["input_ids"], settings)
-        found["forward"] = ledger.take_peak()
-        ended.clear()
-        torch.autograd.backward(held[:1])
-        held = ()
-        found |= zip(BACKWARD, [*ended, ledger.take_peak()], strict=False)
-        states += _update(trained, optimizer, settings, first=step == 0)
-        found["optimizer"] = ledger.take_peak()
+    states = _states(trained, optimizer, settings)
+    inputs, ended = _inputs(settings), _mark(model, spec.shape.layers, ledger)
+    for parameter in trained if settings.accumulate else ():
+        parameter.grad = torch.zeros_like(parameter)
+    ledger.take_peak()
+    found = {"steady": ledger.now}
+    with Autocast(torch.bfloat16) if mixed(settings) else contextlib.nullcontext():
+        held = _loss(model, inputs, inputs["input_ids"], settings)
+    found["forward"] = ledger.take_peak()
+    torch.autograd.backward(held[:1])
+    del held
+    found |= zip(BACKWARD, [*ended, ledger.take_peak()], strict=False)
+    if optimizer is not None:
+        optimizer.step()
+    found["optimizer"] = ledger.take_peak()
+    del states
     return found
+
+
+def _states(
+    trained: list[nn.Parameter], optimizer: torch.optim.Optimizer | None, settings: MemorySettings
+) -> list[Tensor]:
+    """Let the optimizer make its states, as its first step does; those of one that the meta device cannot run
+    are returned, to be held."""
+    if optimizer is not None:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    if optimizer is not None or "paged" in settings.optimizer:
+        return []
+    dtype = torch.uint8 if "8bit" in settings.optimizer else None
+    return [torch.zeros_like(parameter, dtype=dtype) for parameter in trained for _ in range(2)]
 
 
 def _inputs(settings: MemorySettings) -> dict[str, Any]:
@@ -251,26 +285,6 @@ def _loss(model: nn.Module, inputs: dict[str, Any], ids: Tensor, settings: Memor
         return (-torch.sigmoid(sums).mean(),)
     better, worse = sums.chunk(2)
     return (-functional.logsigmoid(better - worse).mean(),)
-
-
-def _update(
-    trained: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer | None,
-    settings: MemorySettings,
-    *,
-    first: bool,
-) -> Iterator[Tensor]:
-    """One optimizer step; those that the meta device cannot run leave only their states behind."""
-    if optimizer is not None:
-        optimizer.step()
-        optimizer.zero_grad()
-        return iter(())
-    for parameter in trained:
-        parameter.grad = None
-    if not first or "paged" in settings.optimizer:
-        return iter(())
-    dtype = torch.uint8 if "8bit" in settings.optimizer else None
-    return iter([torch.zeros_like(p, dtype=dtype) for p in trained for _ in range(2)])
 
 
 def main() -> NoReturn:

@@ -151,6 +151,31 @@ def test_sharding_divides_what_is_held_whatever_the_batch() -> None:
     assert "communication" not in alone
 
 
+def test_checkpoints_of_several_blocks_keep_fewer_inputs_and_compute_more_again() -> None:
+    """With a checkpoint every fourth block a quarter of the inputs is kept, and four are recomputed."""
+
+    def parts(**settings: Any) -> dict[str, int]:
+        found = estimate(
+            LLAMA_8B, tuner="full", optimizer="adamw_torch_fused", micro_batch=8, seq_len=4096, **settings
+        )
+        return {part.name: part.bytes for part in found.parts}
+
+    one, four = parts(), parts(checkpoint_every=4)
+    assert four["activations"] == one["activations"] // 4
+    assert four["recomputed"] == 4 * one["recomputed"]
+
+
+def test_offloading_leaves_the_optimizer_and_the_shards_in_the_hosts_memory() -> None:
+    """Alone it moves the optimizer's states; over shards weights and gradients too."""
+    alone = {part.name for part in estimate(LLAMA_8B, tuner="full", offload=True).parts}
+    shards = {
+        part.name for part in estimate(LLAMA_8B, tuner="full", offload=True, gpus=4, shard="fsdp").parts
+    }
+    assert "optimizer" not in alone
+    assert {"weights", "gradients"} <= alone
+    assert not {"weights", "gradients", "optimizer"} & shards
+
+
 def test_a_reference_costs_weights_only_when_everything_is_tuned() -> None:
     """GRPO on all weights holds a frozen copy; on adapters the base itself is the reference.
 

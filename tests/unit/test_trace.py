@@ -160,9 +160,19 @@ for line in sys.stdin.buffer:
 
 
 def test_what_is_not_traced_is_refused() -> None:
-    """A tuner that the tracer does not know is refused with those that it does; so is layer-norm tuning of a
-    family for which PEFT names no layers."""
+    """What the tracer does not follow is refused with what it does, not traced as something else; so is
+    layer-norm tuning of a family for which PEFT names no layers."""
     phi = spec("phi3", heads=16, kv_heads=16, tied=False, **WIDE)
-    unknown, unnamed = run(REFUSALS, ((LLAMA, {"tuner": "adapter"}), (phi, {"tuner": "ln_tuning"})))
-    assert b"prompt_tuning" in unknown
-    assert b"PEFT names no layers of phi3" in unnamed
+    cases: tuple[tuple[ModelSpec, dict[str, Any], bytes], ...] = (
+        (LLAMA, {"tuner": "adapter"}, b"prompt_tuning"),
+        (phi, {"tuner": "ln_tuning"}, b"PEFT names no layers of phi3"),
+        (LLAMA, {"gpus": 4, "shard": "fsdp"}, b"shard = fsdp is not traced; valid for shard: none"),
+        (LLAMA, {"weight_bits": 8}, b"valid for weight_bits: 4, 16, 32"),
+        (LLAMA, {"optimizer": "adafactor"}, b"adamw_torch_fused"),
+        (LLAMA, {"checkpoint_every": 2}, b"checkpoint_every = 2"),
+        (spec(heads=16, kv_heads=4, experts=8, **WIDE), {}, b"mixture of experts"),
+    )
+    said = run(REFUSALS, tuple((model, given) for model, given, _ in cases))
+    assert len(said) == len(cases)
+    for line, (_, _, wanted) in zip(said, cases, strict=True):
+        assert wanted in line
