@@ -22,7 +22,7 @@ from advisor.lora_files import Adapters
 from advisor.prefix_state import put_on
 from advisor.probe.gguf_file import NORMALISER_KEY
 from advisor.prompt_cache import start_with
-from advisor.running import CacheType, Said, plan_running
+from advisor.running import CacheType, Said, avoid_amx, plan_running
 from advisor.templates import newest_turns
 
 _TOP_K, _TOP_P, _MIN_P = 40, 0.95, 0.05
@@ -200,6 +200,7 @@ class ChatSession:
     def _load(self, seed: int) -> Any:
         import llama_cpp
 
+        avoid_amx()
         how = self.running
         kind = getattr(llama_cpp, f"GGML_TYPE_{how.cache.upper()}")
         try:

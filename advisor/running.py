@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -257,6 +257,31 @@ def _value(model: object, key: str) -> str:
     room = ctypes.create_string_buffer(256)
     found = llama_cpp.llama_model_meta_val_str(model, key.encode(), room, len(room))
     return room.value.decode(errors="replace") if found >= 0 else ""
+
+
+def avoid_amx() -> None:
+    """Let models that are loaded from now on do without AMX where llama.cpp was compiled for it.
+
+    gcc up to 12 throws away most of the tile configuration that llama.cpp prepares: its intrinsic names
+    eight bytes of it as read. The first product with an 8-bit or K-quant matrix then ends the process.
+    llama-cpp-python has no argument for the buffers in which llama.cpp lays out weights for AMX.
+    """
+    from llama_cpp import llama_cpp as library
+
+    usual = library.llama_model_default_params
+    if b"AMX_INT8 = 1" not in library.llama_print_system_info() or usual.__name__ == _WITHOUT_AMX:
+        return
+
+    def plain() -> Any:
+        params = usual()
+        params.use_extra_bufts = False
+        return params
+
+    plain.__name__ = _WITHOUT_AMX
+    library.llama_model_default_params = plain
+
+
+_WITHOUT_AMX = "llama_model_default_params_without_amx"
 
 
 class Said:

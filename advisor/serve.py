@@ -16,7 +16,7 @@ from typing import Any
 from advisor.errors import InputError, MissingPackageError, RefusedError, UsageError
 from advisor.lora_files import Adapters
 from advisor.probe.gguf_file import NORMALISER_KEY
-from advisor.running import Running, Said
+from advisor.running import Running, Said, avoid_amx
 
 HOST = "127.0.0.1"
 _NAMES = [HOST, "localhost", "[::1]", "testserver"]
@@ -91,6 +91,7 @@ def _app(gguf: Path, running: Running, adapters: dict[Path, float], api_key: str
     from llama_cpp.server.settings import ModelSettings, ServerSettings
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    avoid_amx()
     said = Said()
     kind = getattr(llama_cpp, f"GGML_TYPE_{running.cache.upper()}")
     model = ModelSettings(

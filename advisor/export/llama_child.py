@@ -79,6 +79,7 @@ def quantise(request: dict[str, Any]) -> dict[str, Any]:
 
 def inspect(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tokenise, render, score and continue as an application on llama.cpp would."""
+    _avoid_amx()
     model = llama_cpp.Llama(
         request["gguf"],
         n_ctx=request["context"],
@@ -125,6 +126,22 @@ def inspect(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     evaluated = sum(len(tokens) - 1 for tokens in answer["greedy"])
     answer["tokens_per_second"] = evaluated / seconds if evaluated else 0.0
     return answer, arrays
+
+
+def _avoid_amx() -> None:
+    """Do without AMX, which gcc up to 12 compiles into a crash; see `avoid_amx` of advisor/running.py."""
+    from llama_cpp import llama_cpp as library
+
+    usual = library.llama_model_default_params
+    if b"AMX_INT8 = 1" not in library.llama_print_system_info():
+        return
+
+    def plain() -> Any:
+        params = usual()
+        params.use_extra_bufts = False
+        return params
+
+    library.llama_model_default_params = plain
 
 
 def _begin(model: llama_cpp.Llama, prefix: str | None) -> int:
