@@ -50,6 +50,8 @@ def run(
         # With an adapter for each task, all lie in folders of their own and are talked to together.
         apart = any(place.startswith("stages/") for place in report.artefacts.values())
         done = f"ftadvisor chat {folder}" if apart else f"ftadvisor export {folder}"
+        if report.program in ("classify", "reward"):
+            done = f"{folder}/report.html says how to load it; it writes no text, so there is no GGUF of it"
         print_text(f"Next: {done if report.ok else again}")
     if not report.ok:
         raise click.exceptions.Exit(1)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -18,7 +19,7 @@ from advisor.run.page import write_page
 from advisor.run.report import build_report
 from advisor.run.thresholds import thresholds_of
 from advisor.run.verdict import judge
-from advisor.storage import encode_yaml, file_sha256, write_atomic, write_json
+from advisor.storage import encode_yaml, file_sha256, read_record, write_atomic, write_json
 from advisor.types import (
     Asked,
     Check,
@@ -29,6 +30,7 @@ from advisor.types import (
     RecipeDataset,
     RecipeModel,
     RowLoss,
+    RunReport,
     Verification,
 )
 from cases import plan, rows
@@ -215,6 +217,21 @@ def test_the_page_tells_the_whole_run(folders: dict[str, Path]) -> None:
     assert "The loss at step 30 is not a finite number." in failed
     assert "Lower the rate." in failed
     assert "ftadvisor chat" not in failed
+
+
+def test_a_head_is_loaded_and_not_talked_to(tmp_path: Path) -> None:
+    """A model that gives scores is no GGUF; the page says how to load it, with as many outputs as it has."""
+    folder = make_folder(tmp_path / "tea")
+    shutil.rmtree(folder / "export")
+    report = read_record(folder / "report.json", RunReport)
+    for program, artefact in (("reward", "model"), ("dpo", "stages/1-stars/adapter")):
+        changed = msgspec.structs.replace(report, program=program, artefacts={"it": artefact})
+        write_json(folder / "report.json", changed)
+        assert write_page(folder) is not None
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        assert ("num_labels=1" in page) == (program == "reward")
+        assert ("ftadvisor chat tea" in page) == (program == "dpo")
+        assert "ftadvisor export tea" not in page
 
 
 def test_a_curve_is_what_was_measured() -> None:
