@@ -93,7 +93,7 @@ def read_config(
         model_type=str(inner.get("model_type", rule.model_types[0])),
         rule=rule,
         shape=shape,
-        parameters=parameters + _of_experts(inner, shape, where),
+        parameters=parameters + _of_experts(inner, shape, rule, where),
         context_tokens=_positions(inner, rule, where),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or inner.get("dtype") or "float32"),
         text_part=isinstance(text, dict),
@@ -156,22 +156,23 @@ def _experts(config: Config) -> int:
     return found if found > 1 else 0
 
 
-def _of_experts(config: Config, shape: ModelShape, where: str) -> int:
+def _of_experts(config: Config, shape: ModelShape, rule: ArchitectureRule, where: str) -> int:
     """Return the parameters of all experts, each with three matrices; what one block shares counts as dense.
 
     Raises:
         ModelError: there are experts, in fields that are not known.
     """
-    strange = [name for name, value in config.items() if "expert" in name and isinstance(value, int)]
-    if not shape.experts and any(config[name] > 1 for name in strange):
+    strange = [
+        name for name, value in config.items() if "expert" in name and value not in (None, False, 0, 1)
+    ]
+    if strange and not shape.experts:
         raise ModelError(
             f"{where}: it has experts ({', '.join(strange)}), and how many is not known.",
             f"Known fields: {', '.join(EXPERTS)}.",
             code="unknown_architecture",
         )
-    width = config.get("moe_intermediate_size")
-    inner = width if isinstance(width, int) else shape.intermediate
-    return 3 * shape.layers * shape.experts * shape.hidden * inner
+    width = _integer(config, rule, "moe_intermediate_size", where, shape.intermediate)
+    return 3 * shape.layers * shape.experts * shape.hidden * width
 
 
 def _converted(key: str, table: object) -> ArchitectureRule:

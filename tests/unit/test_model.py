@@ -253,9 +253,14 @@ def test_experts_are_counted_or_refused(tiny: Path, knowledge: Knowledge) -> Non
     experts = 8 * 3 * shape.layers * shape.hidden * shape.intermediate
     assert mixture.parameters - dense.parameters == experts
     assert mixture.shape.experts == 8
-    _edit(file, num_local_experts=..., expert_groups=8)
-    with pytest.raises(ModelError, match="expert_groups"):
-        read_model(str(file), knowledge=knowledge)
+    for changes, word in (
+        ({"moe_intermediate_size": [8]}, "moe_intermediate_size"),
+        ({"num_local_experts": ..., "moe_intermediate_size": ..., "expert_groups": 8}, "expert_groups"),
+        ({"expert_groups": ..., "num_experts": "64"}, "num_experts"),
+    ):
+        _edit(file, **changes)
+        with pytest.raises(ModelError, match=word):
+            read_model(str(file), knowledge=knowledge)
 
 
 def _adapter(folder: Path) -> str:
