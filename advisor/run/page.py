@@ -34,6 +34,10 @@ from advisor.units import format_bytes, format_count, format_seconds
 
 CARDS = ("MODEL_CARD.md", "README.md")
 """What export writes beside its files; the first where another's README.md stands."""
+ROLES = {
+    "table_open": "table", "thead_open": "rowgroup", "tbody_open": "rowgroup", "tr_open": "row",
+    "th_open": "columnheader", "td_open": "cell",
+}  # fmt: skip
 VERDICTS = {
     "better": "better", "no_different": "no different", "worse": "worse", "forgot": "forgot",
     "unknown": "not judged",
@@ -246,10 +250,22 @@ def _card(exported: Path) -> Markup:
         _, _, text = text.removeprefix("---\n").partition("\n---\n")
     reader = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
     tokens = reader.parse(text)
-    for token in tokens:
+    heads: list[str] = []
+    column = 0
+    for token, inside in zip(tokens, [*tokens[1:], None], strict=True):
+        if token.type in ROLES:  # as the template's own tables: on a narrow screen rows become blocks
+            token.attrSet("role", ROLES[token.type])
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{min(int(token.tag[1]) + 2, 6)}"
+        elif token.type == "thead_open":
+            heads = []
+        elif token.type == "tr_open":
+            column = 0
         elif token.type == "th_open":
             token.attrSet("scope", "col")
+            heads.append(inside.content if inside else "")
+        elif token.type == "td_open":
+            token.attrSet("data-label", heads[column])
+            column += 1
     # markdown-it escapes what stands in the card, and raw HTML is off.
     return Markup(reader.renderer.render(tokens, reader.options, {}))

@@ -77,6 +77,7 @@
     if (document.querySelectorAll(name).length !== 1) say(`not one ${name}`, document.body);
   }
   for (const cell of document.querySelectorAll("th:not([scope])")) say("no scope", cell);
+  for (const cell of document.querySelectorAll("td:not([data-label])")) say("no name when rows are blocks", cell);
   for (const picture of document.querySelectorAll("svg:not([aria-label])")) say("no words", picture);
   for (const link of document.querySelectorAll("a[href^='#']")) {
     if (!document.getElementById(link.hash.slice(1))) say("leads nowhere", link);

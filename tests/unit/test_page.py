@@ -208,7 +208,8 @@ def test_the_page_tells_the_whole_run(folders: dict[str, Path]) -> None:
         "our tone", "Ollama on my laptop", "seed 42", "seed 43", "torch 2.15.0", "Memory ran out at step 3",
         "SFT with lora", "DPO with lora", "Held out: 5 at step 0, 0.1833 at step 30", "better", "rejected",
         "outside the band", "too long", ARABIC, "ftadvisor chat export/tea-Q8_0.gguf", "FAILED, do not use",
-        "(recommended)", "Good to know.", "Reward margin", "10% of the time",
+        "(recommended)", "Good to know.", 'data-label="size">3.29 MiB</td>', "Reward margin",
+        "10% of the time",
     ):  # fmt: skip
         assert told in page, told
     assert "<script" not in page
