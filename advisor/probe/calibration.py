@@ -74,14 +74,15 @@ def measured_rates(machine: Hardware, *, recent_days: float) -> MatrixBench | No
 
     Args:
         machine: probed; its device and cores, and the installed torch, must be those of the measurement. Of
-            several kinds of accelerators only one was measured, so it does not count for them.
+            several kinds of accelerators only one was measured, so it does not count for them. A line without
+            a date is of a version that did not look whether other programs ran.
         recent_days: an older measurement does not count.
     """
     if len(machine.accelerators) > 1:
         return None
     here = [
         one for one in observations()
-        if one.bench and not one.bench.disturbed
+        if one.bench and one.bench.date and not one.bench.disturbed
         and one.device == machine.device_name and one.cpu_cores == machine.cpu_cores
     ]  # fmt: skip
     if not here or here[-1].bench is None:

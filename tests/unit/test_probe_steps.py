@@ -288,8 +288,9 @@ def test_nothing_is_kept_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -
         ({"packages": {"torch": "0.1"}}, None),
         ({"time": "2020-01-01T00:00:00Z"}, None),
         ({"disturbed": True}, 1e12),
+        ({"date": ""}, 1e12),
     ],
-    ids=["the last one", "another device", "other cores", "another torch", "too old", "busy"],
+    ids=["the last one", "another device", "other cores", "another torch", "too old", "busy", "no date"],
 )
 def test_rates_count_where_they_were_measured(
     change: dict[str, Any], found: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -300,7 +301,7 @@ def test_rates_count_where_they_were_measured(
     for rate, differs in ((1e12, {}), (2e12, dict(change))):
         bench = MatrixBench(
             device="card", flops={"bf16": rate}, copy_bytes_per_second=1e9, seconds=1.0,
-            disturbed=differs.pop("disturbed", False),
+            date=differs.pop("date", now[:10]), disturbed=differs.pop("disturbed", False),
         )  # fmt: skip
         line = {"kind": "bench", "device": "card", "time": now, "packages": installed_packages(), **differs}
         remember(msgspec.structs.replace(seen(1.0, 1.0), bench=bench, **line))
