@@ -7,6 +7,7 @@ does: export those weights; judge: a difference of this kind is no fault of a fi
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +59,10 @@ def losses_as_trained(trained: Trained, recipe: Recipe, sequences: Sequence[list
             device_map=0 if torch.cuda.is_available() else None,
             local_files_only=True,
         )
-        model = PeftModel.from_pretrained(model, trained.adapter).eval()
+        with warnings.catch_warnings():
+            # peft asks transformers for names that it renames: nothing that a person can act on.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = PeftModel.from_pretrained(model, trained.adapter).eval()
     except (OSError, ValueError, RuntimeError, ImportError) as problem:
         raise ModelError(
             f"The base cannot be loaded in four bits to compare with: {problem}",

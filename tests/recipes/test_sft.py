@@ -323,6 +323,7 @@ def test_the_plain_loss_equals_the_tiled_one(tiny_model: Path, tmp_path: Path) -
         assert (value - weights[False, 1]).norm() < 1e-4 * moved, key
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
 def test_what_four_bits_cost_is_measured(trained: Any, tmp_path: Path) -> None:
     """After QLoRA the proof tells the loss with the base as trained, and merged as exported."""
     run_folder = trained["qlora"].folder
