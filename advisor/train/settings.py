@@ -56,17 +56,22 @@ class Settings(Record, frozen=True, kw_only=True):
     lora_init: Literal["default", "pissa"] = "default"
     target: str = "all-linear"
     same_rank_for_all: bool = False
-    preserved_share: float = 0.5
     cpu_offload: bool = False
 
 
-class SftSettings(Settings, frozen=True, kw_only=True):
+class WrittenSettings(Settings, frozen=True, kw_only=True):
+    """The keys of programs that train on what is written, by which older data may be kept in mind."""
+
+    replay_fraction: float = 0.0
+    preserved_share: float = 0.5
+
+
+class SftSettings(WrittenSettings, frozen=True, kw_only=True):
     """One field for each key of recipes/sft/program.toml."""
 
     loss_on: Literal["assistant", "all"] = "assistant"
     mixing_cap: int = 0
     mixing_temperature: float = 1.0
-    replay_fraction: float = 0.0
     virtual_tokens: int = 20
     init: Literal["text", "vocabulary", "random"] = "text"
     init_text: str = "Answer the question exactly as the examples do."
@@ -78,11 +83,10 @@ class ClassifySettings(Settings, frozen=True, kw_only=True):
     """One field for each key of recipes/classify/program.toml."""
 
 
-class CptSettings(Settings, frozen=True, kw_only=True):
+class CptSettings(WrittenSettings, frozen=True, kw_only=True):
     """One field for each key of recipes/cpt/program.toml."""
 
     loss_on: Literal["all"] = "all"
-    replay_fraction: float = 0.0
 
 
 class DpoSettings(Settings, frozen=True, kw_only=True):

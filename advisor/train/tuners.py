@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from advisor.errors import ModelError, RefusedError, UnknownNameError
 from advisor.train import bottleneck
 from advisor.train.parallel import is_first
-from advisor.train.settings import HEAD, LOW_RANK, SUBSPACE, TUNERS, Settings, SftSettings
+from advisor.train.settings import HEAD, LOW_RANK, SUBSPACE, TUNERS, Settings, SftSettings, WrittenSettings
 from advisor.types import Record
 
 GROUPS = {
@@ -80,7 +80,7 @@ def prepare_model(
     if tuner == "bitfit":
         _free_biases(model)
         return model
-    if tuner == SUBSPACE:
+    if tuner == SUBSPACE and isinstance(settings, WrittenSettings):
         return _in_subspaces(model, settings)
     if start is not None and tuner == "adapter":
         bottleneck.load(model, start)
@@ -194,7 +194,7 @@ def _prefill(model: nn.Module, settings: SftSettings, tokenizer: PreTrainedToken
     base.config.use_cache = False
 
 
-def _in_subspaces(model: nn.Module, settings: Settings) -> nn.Module:
+def _in_subspaces(model: nn.Module, settings: WrittenSettings) -> nn.Module:
     """Take every linear layer apart into directions that stay and directions that learn.
 
     Raises:
