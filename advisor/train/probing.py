@@ -62,6 +62,13 @@ class Times(Record, frozen=True, kw_only=True):
         """Return the sum."""
         return Times(seconds=self.seconds + other.seconds, cpu_seconds=self.cpu_seconds + other.cpu_seconds)
 
+    def beyond(self, other: Times) -> Times:
+        """Return how much more this is than the other; nothing where it is less, as on a busy machine."""
+        return Times(
+            seconds=max(0.0, self.seconds - other.seconds),
+            cpu_seconds=max(0.0, self.cpu_seconds - other.cpu_seconds),
+        )
+
 
 def sum_of(laps: Iterable[Times]) -> Times:
     """Return the sum; nothing of none."""
@@ -353,10 +360,12 @@ def _asking(probe: Probe, evaluator: Evaluator, watch: _Watch) -> Times:
     rows = watch.lap().scaled(probe.scored_tokens / max(probe.heldout_taken, 1))
     if not evaluator.batches:
         return rows.scaled(3)
+    evaluator.answer(FEW_ANSWERED)  # the first of a process warms up
+    watch.lap()
     evaluator.answer(FEW_ANSWERED)
     few = watch.lap()
     evaluator.answer(MORE_ANSWERED)
-    token = watch.lap().plus(few.scaled(-1)).scaled(1 / (MORE_ANSWERED - FEW_ANSWERED))
+    token = watch.lap().beyond(few).scaled(1 / (MORE_ANSWERED - FEW_ANSWERED))
     batch = few.plus(token.scaled(ANSWER_TOKENS - FEW_ANSWERED))
     return sum_of(
         scored.plus(batch.scaled(min(evaluator.batches, _batches_in(MOST_SECONDS - scored.seconds, batch))))
