@@ -808,6 +808,18 @@ class Evaluation(Record, frozen=True, kw_only=True):
     """Prompt, answer before, answer after."""
 
 
+class TaskScore(Record, frozen=True, kw_only=True):
+    """What a task of lm-evaluation-harness says of the model before and after."""
+
+    task: str
+    metric: str
+    before: float
+    after: float
+    before_error: float | None = None
+    """Standard error; None where the harness gives none."""
+    after_error: float | None = None
+
+
 class StageOutcome(Record, frozen=True, kw_only=True):
     """Predicted against measured of one stage; the fields mean what they do in RunReport."""
 
@@ -876,6 +888,8 @@ class RunReport(Record, frozen=True, kw_only=True):
     """Of asking before and after, which is part of `seconds`; None where nothing was asked."""
     evaluation: Evaluation | None = None
     """Before and after, with a verdict; None where nothing was measured."""
+    tasks: tuple[TaskScore, ...] = ()
+    """Of lm-evaluation-harness, where they were asked for."""
     packages: dict[str, str] = {}
     error: str | None = None
     remedy: str | None = None

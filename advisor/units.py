@@ -49,6 +49,11 @@ def format_count(value: float) -> str:
     return f"{value:.0f}"
 
 
+def format_score(value: float, error: float | None) -> str:
+    """Return a score with its standard error where there is one: `0.812 ± 0.013`."""
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
 def format_seconds(seconds: float) -> str:
     """Return a duration: `42 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`."""
     whole = round(seconds)

@@ -8,6 +8,7 @@ import click
 
 from advisor.cli import options
 from advisor.cli.output import print_json, print_text
+from advisor.run.harness import Tasks, check_tasks, with_tasks
 from advisor.run.ladder import CONSENT
 from advisor.run.page import write_page
 from advisor.run.supervisor import run_plan
@@ -28,16 +29,30 @@ from advisor.types import RunReport
     default=None,
     help="Try a few real steps first; otherwise only where memory is scarce or it takes long.",
 )
+@click.option(
+    "--lm-eval",
+    "tasks",
+    multiple=True,
+    help="Ask a task of lm-evaluation-harness before and after; repeatable; also with --resume at the end.",
+)
+@click.option("--lm-eval-tasks", "task_folder", type=options.FILE, help="Folder with tasks of your own.")
 @options.offline
 @options.as_json
 def run(
-    folder: Path, *, resume: bool, allow: tuple[str, ...], probe: bool | None, offline: bool, as_json: bool
-) -> None:
+    folder: Path, *, resume: bool, allow: tuple[str, ...], probe: bool | None, tasks: tuple[str, ...],
+    task_folder: Path | None, offline: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Train a planned run; Ctrl-C saves a checkpoint and stops, --resume goes on.
 
     Exit 1 also when earlier tasks were forgotten beyond the limit; the result is kept all the same.
     """
+    asked = Tasks(names=tasks, folder=task_folder, offline=offline)
+    if tasks:
+        check_tasks(folder, asked)
     report = train(folder, resume=resume, offline=offline, quiet=as_json, allowed=allow, probe=probe)
+    if tasks:
+        report = with_tasks(folder, report, asked)
+        write_page(folder)
     if as_json:
         print_json(report)
     else:
@@ -46,6 +61,8 @@ def run(
         print_text(render.report(report))
         if report.evaluation is not None:
             print_text(measured.evaluation(report.evaluation))
+        if report.tasks:
+            print_text(measured.task_scores(report.tasks))
         again = "ftadvisor plan --continue EARLIER_RUN --data NEW, with a larger --set replay_fraction=..."
         # With an adapter for each task, all lie in folders of their own and are talked to together.
         apart = any(place.startswith("stages/") for place in report.artefacts.values())

@@ -30,7 +30,7 @@ from advisor.types import (
     RunReport,
     Verification,
 )
-from advisor.units import format_bytes, format_count, format_seconds
+from advisor.units import format_bytes, format_count, format_score, format_seconds
 
 CARDS = ("MODEL_CARD.md", "README.md")
 """What export writes beside its files; the first where another's README.md stands."""
@@ -112,7 +112,8 @@ def _environment() -> jinja2.Environment:
     environment.filters.update(
         bytes=format_bytes, count=format_count, seconds=format_seconds, value=_value, band=_band,
         before=_before, after=_after, change=_change, verdict=VERDICTS.__getitem__,
-        way=_way, times=lambda band: _band(band, format_seconds), file=lambda path: Path(path).name,
+        score=format_score, way=_way, times=lambda band: _band(band, format_seconds),
+        file=lambda path: Path(path).name,
     )  # fmt: skip
     return environment
 

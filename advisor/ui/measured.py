@@ -12,9 +12,9 @@ from rich.rule import Rule
 from rich.text import Text
 
 from advisor.estimate.calibrate import ErrorSummary
-from advisor.types import Evaluation, StepProbe
+from advisor.types import Evaluation, StepProbe, TaskScore
 from advisor.ui.render import band_of_bytes, band_of_seconds, bullets, columns, pairs
-from advisor.units import format_bytes, format_seconds
+from advisor.units import format_bytes, format_score, format_seconds
 
 
 def step_probe(found: StepProbe) -> RenderableType:
@@ -68,6 +68,15 @@ def evaluation(found: Evaluation) -> RenderableType:
             table.add_row(*(Text(text) for text in example))
         body.append(table)
     return Group(*body)
+
+
+def task_scores(found: Sequence[TaskScore]) -> RenderableType:
+    """Draw what tasks of lm-evaluation-harness say before and after, with their standard errors."""
+    table = columns("Task", "Before", "After")
+    for one in found:
+        scores = (format_score(one.before, one.before_error), format_score(one.after, one.after_error))
+        table.add_row(Text(f"{one.task}, {one.metric}"), *scores)
+    return Group(Rule("Tasks of lm-evaluation-harness, measured", align="left", style="quiet"), table)
 
 
 def calibration(seen: Sequence[ErrorSummary]) -> RenderableType:
