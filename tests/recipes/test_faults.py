@@ -1,4 +1,4 @@
-"""Faults in real trainings, which go on as if nothing had happened: a sample of benchmarks/faults.py."""
+"""Faults in real trainings, which go on as if nothing had happened: all those of benchmarks/faults.py."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # all faults are one process
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "faults.py"
-SAMPLE = ("memory_rungs", "nan", "kill", "interrupt", "supervisor_killed")
+FAULTS = (
+    "memory_rungs", "memory_real", "nan", "disk_full", "read_only", "read_only_folder", "kernel_kill", "kill",
+    "clock", "interrupt", "interrupt_twice", "supervisor_killed",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
     """What came of each fault; one process that loads the libraries once and forks the trainings."""
     child = subprocess.run(
-        [sys.executable, str(BENCHMARK), "--only", ",".join(SAMPLE), "--json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, str(BENCHMARK), "--json"], capture_output=True, text=True, check=False
+    )
     rows = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     assert rows, child.stderr
     return {row["name"]: row for row in rows}
 
 
-@pytest.mark.parametrize("fault", SAMPLE)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_survives(found: dict[str, dict[str, Any]], fault: str) -> None:
-    """Out of memory down every rung, a loss that is no number, SIGKILL with cut files and a moved folder,
-    Ctrl-C, a killed supervisor: each ends well, in the same bits where only the fault was different."""
+    """Out of memory down every rung, a loss that is no number, a full or read-only disk, SIGKILL with cut
+    files and a moved folder, a clock that jumps, Ctrl-C, a killed supervisor: each ends well, in the same
+    bits where only the fault was different. Disks and cgroups need a process that may make them."""
+    if found[fault]["passed"] is None:
+        pytest.skip(found[fault]["outcome"])
     assert found[fault]["passed"] is True, found[fault]["outcome"]
