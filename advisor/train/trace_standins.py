@@ -116,6 +116,9 @@ class Product4(torch.autograd.Function):
         return gradients[0].new_empty(*gradients[0].shape[:-1], ctx.widths[1]), None
 
 
+_TILES: tuple[Any, ...] = (chunked._forward_tile, chunked._backward_tile, chunked._addmm_fp32)
+
+
 def prepare(settings: MemorySettings) -> None:
     """Register the stand-ins; this process is for tracing only."""
     for name, function in ((FLASH, _fused), (PADDED, _padded)):
@@ -124,6 +127,7 @@ def prepare(settings: MemorySettings) -> None:
     library: Any = torch
     library.is_autocast_enabled = lambda *_: Autocast.active
     library.get_autocast_dtype = lambda *_: torch.bfloat16
+    tiles = _TILES
     if settings.device == "cuda":  # on devices a kernel folds each tile in place
-        chunked._forward_tile = chunked._backward_tile = lambda *_args, **_kwargs: None
-        chunked._addmm_fp32 = lambda *_: None
+        tiles = (lambda *_args, **_kwargs: None,) * len(_TILES)
+    chunked._forward_tile, chunked._backward_tile, chunked._addmm_fp32 = tiles
