@@ -917,6 +917,10 @@ class Export(Record, frozen=True, kw_only=True):
     ok: bool = True
     source: str
     files: tuple[ExportedFile, ...]
+    kept: tuple[ExportedFile, ...] = ()
+    """Of earlier exports of the same model into the same folder."""
+    model: str = ""
+    """Checksum of names, sizes and times of change of what was exported."""
     notes: tuple[str, ...] = ()
 
 

@@ -12,14 +12,14 @@ from advisor.cli import options
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.errors import VerificationError
 from advisor.export import export_model
-from advisor.export.exporter import EXPORT
 from advisor.export.importance import Importance
+from advisor.export.record import EXPORT, read_export
 from advisor.intake import own_cache_dir
 from advisor.knowledge import load
 from advisor.run.launch import require_installed
 from advisor.run.page import write_page
 from advisor.storage import read_record
-from advisor.types import Export, ExportPlan, FileRow, Plan, Verification
+from advisor.types import Export, ExportedFile, ExportPlan, FileRow, Plan, Verification
 from advisor.verify import heldout_rows, keep_proof, proof_file, verify_gguf
 from advisor.verify.card import write_card
 from advisor.verify.table import file_table
@@ -144,9 +144,11 @@ def describe(
     made: Export, source: Path, proofs: Sequence[Verification]
 ) -> tuple[Export, tuple[FileRow, ...]]:
     """Write the model card of an export and the page of its run; return the export, and a table."""
-    rows = file_table(made, proofs, _plan_of(source), load())
+    whole = msgspec.structs.replace(made, files=(*made.files, *made.kept))
+    proofs = (*proofs, *_proofs(made.kept))
+    rows = file_table(whole, proofs, _plan_of(source), load())
     if rows:
-        card = write_card(Path(rows[0].path).parent, made, rows, proofs, _plan_of(source))
+        card = write_card(Path(rows[0].path).parent, whole, rows, proofs, _plan_of(source))
         made = msgspec.structs.replace(made, files=(*made.files, card))
     write_page(source)
     return made, rows
@@ -154,21 +156,19 @@ def describe(
 
 def describe_again(source: Path) -> None:
     """Tell in card and page what the proofs in an export folder say now, wherever it was moved."""
-    place = source / "export"
-    if not (place / EXPORT).is_file():
-        return
-    made = read_record(place / EXPORT, Export)
-    files = [
-        msgspec.structs.replace(file, path=str(place / Path(file.path).name))
-        for file in made.files
-        if (place / Path(file.path).name).is_file()
-    ]
-    proofs = [
-        msgspec.structs.replace(read_record(proof_file(Path(file.path)), Verification), gguf=file.path)
-        for file in files
-        if proof_file(Path(file.path)).is_file()
-    ]
-    describe(msgspec.structs.replace(made, files=tuple(files)), source, proofs)
+    if (source / "export" / EXPORT).is_file():
+        made = read_export(source / "export")
+        describe(made, source, _proofs(made.files))
+
+
+def _proofs(files: Sequence[ExportedFile]) -> tuple[Verification, ...]:
+    """Return the proofs that lie beside files."""
+    kept = {file.path: proof_file(Path(file.path)) for file in files if file.kind == "gguf"}
+    return tuple(
+        msgspec.structs.replace(read_record(proof, Verification), gguf=path)
+        for path, proof in kept.items()
+        if proof.is_file()
+    )
 
 
 def _planned(source: Path) -> ExportPlan | None:

@@ -82,7 +82,8 @@ def wizard(answers: Path | None, out: Path | None, *, expert: bool, offline: boo
         return
     print_text(render.report(train(folder, resume=False, offline=offline, quiet=False)))
     exported, _ = export_and_prove(folder, offline=offline)
-    print_text(f"Next: ftadvisor chat {exported.files[-1].path}")
+    files = [file.path for file in exported.files if file.kind == "gguf"]
+    print_text(f"Next: ftadvisor chat {files[-1] if files else folder}")
 
 
 def _replay(

@@ -38,16 +38,16 @@ from advisor.export.modelfile import modelfile
 from advisor.export.native import run_llama
 from advisor.export.official import Conversion, needs_converter
 from advisor.export.prefix_file import write_prefix
+from advisor.export.record import write_record
 from advisor.export.source import Trained, find_trained
 from advisor.export.tokenizer import Vocabulary, read_vocabulary, with_virtual_tokens
 from advisor.gguf_rules import checked_quants, rules
 from advisor.prefix_state import Prefix
 from advisor.probe.gguf_file import PREFIX_KEY, PREFIX_SHA256_KEY
-from advisor.storage import file_sha256, write_atomic, write_json
+from advisor.storage import file_sha256, write_atomic
 from advisor.types import Export, ExportedFile
 
 TARGETS = ("gguf", "merged", "modelfile", "lora-gguf", "prefix-state")
-EXPORT = "export.json"
 METADATA_BYTES = 64 << 20
 """Room for the tokenizer and the metadata of one file in the disk check; a 256k vocabulary takes 20 MB."""
 Progress = Callable[[str], None]
@@ -100,7 +100,7 @@ def export_model(
         on_progress: Told in a few words what is being done.
 
     Returns:
-        The files with their checksums, also written as export.json.
+        The files with their checksums, those of earlier exports of the same model too; also export.json.
 
     Raises:
         UnknownNameError: a target or quantisation does not exist.
@@ -131,9 +131,8 @@ def export_model(
         on_progress=on_progress,
     )  # fmt: skip
     files, notes = _export(job, targets, wanted)
-    made = Export(source=str(source), files=tuple(files), notes=tuple(dict.fromkeys(notes)))
-    write_json(job.out / EXPORT, made)
-    return made
+    made = Export(source=str(source), files=tuple(files), notes=tuple(notes))
+    return write_record(place, made, trained, importance, on_progress)
 
 
 def _convert(
@@ -160,8 +159,7 @@ def _convert(
     ]
     note = "written by llama.cpp's own converter, with the tokenizer as it was trained"
     made = Export(source=str(source), files=tuple(files), notes=(*vocabulary.notes, note))
-    write_json(out / EXPORT, made)
-    return made
+    return write_record(out, made, trained, None, on_progress)
 
 
 def _refuse_a_head(trained: Trained) -> None:
@@ -242,7 +240,6 @@ def _export(
         notes += [*plan.notes, *vocabulary.notes]
         made = _write_quants(job, plan, vocabulary, types, quants)
         files += made
-        notes += [] if job.importance is None else [_importance_note(job.importance)]
         if "modelfile" in targets:
             files.append(_write_modelfile(job, made, vocabulary))
     if adapter is not None:
@@ -267,13 +264,6 @@ def _lora_of(job: Job) -> Adapter:
         )
     check_lora(job.adapter, job.merged.layout, tied=is_tied(job.config))
     return job.adapter
-
-
-def _importance_note(importance: Importance) -> str:
-    return (
-        f"types with fewer than eight bits follow an importance matrix, measured on {importance.rows} rows "
-        f"({importance.tokens} tokens) of {importance.source}"
-    )
 
 
 def _prefix_of(job: Job, targets: tuple[str, ...]) -> Prefix | None:

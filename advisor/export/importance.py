@@ -12,6 +12,8 @@ from advisor.errors import ExportError
 from advisor.export.architecture import ModelPlan, PlannedTensor
 from advisor.export.checkpoint import Floats
 
+_NOTE = "types with fewer than eight bits follow an importance matrix"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Importance:
@@ -35,6 +37,16 @@ class Importance:
             "quantize.imatrix.entries_count": len(self.columns),
             "quantize.imatrix.chunks_count": self.rows,
         }
+
+    @property
+    def note(self) -> str:
+        """Return what stands in the record of an export."""
+        return f"{_NOTE}, measured on {self.rows} rows ({self.tokens} tokens) of {self.source}"
+
+    @staticmethod
+    def is_note(text: str) -> bool:
+        """Whether a note of an export is about an importance matrix."""
+        return text.startswith(_NOTE)
 
     def check(self, plan: ModelPlan) -> None:
         """Match the measured matrices with those of the file.

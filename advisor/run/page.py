@@ -79,7 +79,7 @@ def write_page(folder: Path) -> Path | None:
     plan, exported = read_record(folder / PLAN, Plan), folder / "export"
     stages = _stages(folder)
     made = [read_record(path, Export) for path in exported.glob("export.json")]
-    files = tuple(file for one in made for file in one.files)
+    files = tuple(file for one in made for file in (*one.files, *one.kept))
     notes = tuple(note for one in made for note in one.notes)
     proofs = _proofs(exported)
     page = (

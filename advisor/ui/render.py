@@ -341,13 +341,13 @@ def side_by_side(rows: Iterable[tuple[str, str, str]]) -> RenderableType:
 
 def export(made: Export, proofs: Sequence[Verification], rows: Sequence[FileRow] = ()) -> RenderableType:
     """Draw the files of an export, their proofs, and the GGUF files beside each other."""
-    by_name = {proof.gguf: proof for proof in proofs}
+    proved = {row.path: row.proved for row in rows} | {proof.gguf: proof.passed for proof in proofs}
     table = columns("File", "Size", "Bits", "Proof", right=("Size", "Bits"))
-    for file in made.files:
-        proof = by_name.get(file.path)
+    for file in (*made.files, *made.kept):
         state = Text("not checked" if file.kind == "gguf" else "", style="quiet")
-        if proof is not None:
-            state = Text("proved", style="good") if proof.passed else Text("FAILED", style="bad")
+        passed = proved.get(file.path)
+        if passed is not None:
+            state = Text("proved", style="good") if passed else Text("FAILED", style="bad")
         bits = f"{file.bits_per_weight:.2f}" if file.bits_per_weight else ""
         table.add_row(file.path, format_bytes(file.bytes), bits, state)
     body: list[RenderableType] = [Rule("Export", align="left", style="quiet"), table]

@@ -71,7 +71,7 @@ def _body(
         "## What was proved",
         "",
         *(_proof_line(proof) for proof in proofs),
-        *(["Nothing: the files were not verified."] if not proofs else []),
+        *(f"- {Path(row.path).name}: nothing, it was not verified" for row in rows if row.proved is None),
         "",
         "## How to run it",
         "",

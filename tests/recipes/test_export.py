@@ -187,6 +187,33 @@ def test_command_compares_the_files_and_writes_a_card(
     assert "not verified" in (tmp_path / "MODEL_CARD.md").read_text()
 
 
+def test_second_export_keeps_what_is_still_of_the_model(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other types join the table with their proofs; a file that was changed, or a changed model, does not."""
+    folder = shutil.copytree(models["llama-tied"], tmp_path / "model", ignore=lambda *_: {"export"})
+    out = folder / "export"
+
+    def export(quant: str, *more: str) -> tuple[dict[str, Any], str]:
+        assert run(["export", str(folder), "--quant", quant, "--json", *more]) == 0
+        said = capsys.readouterr()
+        return {row["quant"]: row for row in json.loads(said.out)["table"]}, said.err
+
+    export("F16")
+    rows, _ = export("Q8_0", "--no-verify")
+    assert {quant: row["proved"] for quant, row in rows.items()} == {"Q8_0": None, "F16": True}
+    assert rows["F16"]["kl_mean"] is not None
+    assert all(f"model-{quant}.gguf`: `" in (out / "README.md").read_text() for quant in rows)
+    moved = folder.rename(tmp_path / "moved")
+    folder, out = moved, moved / "export"
+    with (out / "model-F16.gguf").open("r+b") as file:
+        file.truncate(100_000)
+    rows, _ = export("Q8_0", "--no-verify")
+    assert list(rows) == ["Q8_0"]
+    (folder / "chat_template.jinja").write_text((folder / "chat_template.jinja").read_text() + " ")
+    assert list(export("Q4_K_M", "--no-verify")[0]) == ["Q4_K_M"]
+
+
 # --- faults planted into files -----------------------------------------------------------------------
 
 
