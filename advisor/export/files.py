@@ -18,16 +18,18 @@ from advisor.units import format_bytes
 
 RESERVE_BYTES = 16 << 20
 """Left free for logs and records written afterwards."""
+_HALF = (".*.gguf.part", ".*-merged.part", ".*-prefix.state.part")
 
 
 def need_space(folder: Path, needed_bytes: int) -> None:
-    """Check free space before anything is written.
+    """Check free space before anything is written, once what killed exports left is gone.
 
     Raises:
         DiskError: too little, with both figures, or the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
         free = shutil.disk_usage(folder).free
     except OSError as problem:
         raise DiskError(
@@ -41,6 +43,19 @@ def need_space(folder: Path, needed_bytes: int) -> None:
             f"{format_bytes(free)} is free.",
             "Free some space, choose another folder with --out, or fewer quantisations with --quant.",
         )
+
+
+def _clear(folder: Path) -> None:
+    """Remove half files and folders that nobody writes any more."""
+    for left in (one for form in _HALF for one in folder.glob(form)):
+        lock = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -78,21 +93,52 @@ def complete_folder(path: Path) -> Iterator[Path]:
     """Give a folder to write to; at the end it becomes `path`, at an error or Ctrl-C it is removed.
 
     Raises:
-        DiskError: the disk is full or the place not writable.
+        DiskError: the disk is full, the place not writable, or another export writes the same folder.
     """
-    aside = path.with_name(f".{path.name}.part")
+    aside, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
+    lock = None
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        lock = _locked_folder(aside)
         yield aside
+        # A folder is not replaced in one step: a half removed one must never stand under the final name.
+        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(old)
         aside.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except BlockingIOError as problem:
+        raise DiskError(f"Another export is writing {path}.", "Wait for it to end.") from problem
     except BaseException as problem:
         shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.replace(path)
         if isinstance(problem, OSError):
             raise _disk_error(path, problem) from problem
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked_folder(folder: Path) -> int:
+    """Make a folder, or empty the one that a killed export left; return what keeps others out of it.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), folder.stat()):  # it became the final one meanwhile
+            raise BlockingIOError
+        for left in folder.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _disk_error(path: Path, problem: OSError) -> DiskError:

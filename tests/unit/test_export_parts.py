@@ -345,11 +345,26 @@ def test_two_exports_do_not_write_the_same_file(tmp_path: Path) -> None:
 
 
 def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
-    """The same for a folder of merged weights."""
+    """The same for a folder of merged weights, also where a killed export left half of one."""
     path = tmp_path / "merged"
     with pytest.raises(KeyboardInterrupt), complete_folder(path) as aside:
         _interrupted(aside / "x")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".merged.part" / "deep").mkdir(parents=True)
+    for words in ("old", "new"):
+        with complete_folder(path) as aside:
+            (aside / words).write_text(words)
+    assert [file.name for file in tmp_path.rglob("*")] == ["merged", "new"]
+
+
+def test_two_exports_do_not_write_the_same_folder(tmp_path: Path) -> None:
+    """The second one is told to wait and leaves the first one's work alone."""
+    path = tmp_path / "merged"
+    with complete_folder(path) as aside:
+        (aside / "first").write_text("first")
+        with pytest.raises(DiskError, match="Another export"), complete_folder(path):
+            pass
+    assert [file.name for file in path.iterdir()] == ["first"]
 
 
 def test_space_is_checked_before_writing(tmp_path: Path) -> None:
@@ -359,6 +374,17 @@ def test_space_is_checked_before_writing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="Cannot write"):
         need_space(tmp_path / "file" / "below", 1)
+
+
+def test_what_a_killed_export_left_gives_its_space_back(tmp_path: Path) -> None:
+    """Half files of any name are removed before the next export; one that is being written stays."""
+    (tmp_path / ".a-F16.gguf.part").write_text("half")
+    (tmp_path / ".a-merged.part").mkdir()
+    (tmp_path / ".mine.part").write_text("of another program")
+    with complete_file(tmp_path / "b-F16.gguf") as aside:
+        aside.write_text("whole")
+        need_space(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {".mine.part", "b-F16.gguf"}
 
 
 def test_damaged_checkpoints_are_named(folder: Path) -> None:
