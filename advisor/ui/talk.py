@@ -1,7 +1,7 @@
-"""A conversation on the terminal: reads a line, streams the answers.
+"""A conversation on the terminal: reads what is said, streams the answers.
 
 Goes in: chat sessions by name, and what can be chosen meanwhile. Comes out: text as it is generated. Never
-does: load a model.
+does: load a model; keep what was said; send lines that were pasted together one by one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from prompt_toolkit import PromptSession
+from prompt_toolkit.formatted_text import FormattedText
 from rich.text import Text
 
 from advisor.errors import AdvisorError, UnknownNameError, UsageError
@@ -52,9 +54,11 @@ def talk(sessions: Mapping[str, Talks], choices: Choices | None = None, chosen: 
     console = make_console()
     more = f" {ADAPTER} NAME changes the adapter: {', '.join(choices)}." if choices else ""
     console.print(Text(f"An empty line or /quit ends; /new starts again.{more}"), style="quiet")
+    asking = PromptSession[str](FormattedText([("ansicyan", "you> ")]))
     while True:
         try:
-            text = console.input(Text("you> ", style="key")).strip()
+            # What is no UTF-8 reaches us as surrogates, which no tokenizer takes.
+            text = asking.prompt().encode(errors="replace").decode().strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
@@ -67,7 +71,10 @@ def talk(sessions: Mapping[str, Talks], choices: Choices | None = None, chosen: 
         if choices and text.split()[0] == ADAPTER:
             chosen = choose(choices, text.removeprefix(ADAPTER).strip(), chosen)
             continue
-        turn(sessions, text)
+        try:
+            turn(sessions, text)
+        except AdvisorError as problem:
+            console.print(Text(" ".join(filter(None, (problem.message, problem.remedy)))), style="warn")
 
 
 def choose(choices: Choices, name: str, chosen: str) -> str:
