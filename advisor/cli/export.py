@@ -12,6 +12,7 @@ from advisor.cli import options
 from advisor.cli.output import notifier, print_json, print_text
 from advisor.errors import VerificationError
 from advisor.export import export_model
+from advisor.export.files import proof_file
 from advisor.export.importance import Importance
 from advisor.export.record import EXPORT, read_export
 from advisor.intake import own_cache_dir
@@ -20,7 +21,7 @@ from advisor.run.launch import require_installed
 from advisor.run.page import write_page
 from advisor.storage import read_record
 from advisor.types import Export, ExportedFile, ExportPlan, FileRow, Plan, Verification
-from advisor.verify import heldout_rows, keep_proof, proof_file, verify_gguf
+from advisor.verify import heldout_rows, keep_proof, verify_gguf
 from advisor.verify.card import write_card
 from advisor.verify.table import file_table
 
@@ -109,8 +110,6 @@ def export_and_prove(
         cache=own_cache_dir(),
         on_progress=notify,
     )
-    for file in made.files:  # of a file of this name that is not there any more
-        proof_file(Path(file.path)).unlink(missing_ok=True)
     proofs = prove(made, source, offline=offline, quiet=as_json) if verify else ()
     made, rows = describe(made, source, proofs)
     passed = all(proof.passed for proof in proofs)

@@ -21,6 +21,11 @@ RESERVE_BYTES = 16 << 20
 _HALF = (".*.gguf.part", ".*-merged.part", ".*-prefix.state.part")
 
 
+def proof_file(gguf: Path) -> Path:
+    """Return where the proof of a file lies."""
+    return gguf.with_name(f"{gguf.stem}.verification.json")
+
+
 def need_space(folder: Path, needed_bytes: int) -> None:
     """Check free space before anything is written, once what killed exports left is gone.
 
@@ -76,6 +81,7 @@ def complete_file(path: Path) -> Iterator[Path]:
         descriptor = os.open(aside, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+        proof_file(path).unlink(missing_ok=True)  # of the file that ends here
         aside.replace(path)
     except BlockingIOError as problem:
         raise DiskError(f"Another export is writing {path}.", "Wait for it to end.") from problem

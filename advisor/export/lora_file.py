@@ -14,7 +14,7 @@ import numpy as np
 from advisor.errors import ExportError
 from advisor.export.adapter import Adapter
 from advisor.export.architecture import ModelPlan, row_order
-from advisor.export.encode import Type
+from advisor.export.encode import Type, encode_rows
 from advisor.export.merged import Layout
 
 
@@ -28,6 +28,9 @@ def write_lora(path: Path, adapter: Adapter, plan: ModelPlan) -> None:
         path: The file to write.
         adapter: Low-rank changes only, as `check_lora` finds.
         plan: Of the base, with its output layer.
+
+    Raises:
+        ExportError: a weight is not finite, or one half of a pair is missing.
     """
     planned = {tensor.origin: tensor for tensor in plan.tensors}
     writer = gguf.GGUFWriter(path, plan.architecture.gguf)
@@ -42,8 +45,9 @@ def write_lora(path: Path, adapter: Adapter, plan: ModelPlan) -> None:
             scaled = (delta.b * np.float32(delta.scale)).astype(np.float32)
             if tensor.heads:
                 scaled = scaled[row_order(scaled.shape[0], tensor.heads)]
-            writer.add_tensor(f"{tensor.name}.lora_a", np.ascontiguousarray(delta.a), raw_dtype=Type.F32)
-            writer.add_tensor(f"{tensor.name}.lora_b", np.ascontiguousarray(scaled), raw_dtype=Type.F32)
+            for half, values in (("lora_a", delta.a), ("lora_b", scaled)):
+                rows = encode_rows(f"{module}.{half}", values, Type.F32)
+                writer.add_tensor(f"{tensor.name}.{half}", rows, raw_dtype=Type.F32)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -20,6 +20,7 @@ from advisor.export.adapter import grown_config, virtual_tokens
 from advisor.export.architecture import plan_model
 from advisor.export.chat_template import Conversation
 from advisor.export.config_fields import is_tied, vocabulary_rows
+from advisor.export.files import proof_file
 from advisor.export.merged import Layout
 from advisor.export.native import Arrays, run_llama
 from advisor.export.official import needs_converter
@@ -36,7 +37,7 @@ from advisor.verify.samples import heldout_rows, probe_texts, read_conversations
 if TYPE_CHECKING:
     from advisor.verify.reference import Questions, Reference
 
-__all__ = ["heldout_rows", "proof_file", "verify_gguf"]
+__all__ = ["heldout_rows", "keep_proof", "verify_gguf"]
 
 
 def _silent(_: str) -> None:
@@ -93,11 +94,6 @@ def verify_gguf(
 def keep_proof(proof: Verification) -> None:
     """Write a proof as `<file>.verification.json` beside the file that it is about."""
     write_json(proof_file(Path(proof.gguf)), proof)
-
-
-def proof_file(gguf: Path) -> Path:
-    """Return where the proof of a file lies."""
-    return gguf.with_name(f"{gguf.stem}.verification.json")
 
 
 def _need_packages() -> None:

@@ -568,6 +568,19 @@ def test_what_is_no_sum_of_products_is_no_lora_file(
     assert not list(tmp_path.glob("*.gguf"))
 
 
+@pytest.mark.parametrize("target", ["gguf", "lora-gguf", "merged"])
+def test_adapter_that_is_no_number_is_refused(adapters: dict[str, Path], target: str, tmp_path: Path) -> None:
+    """A training that diverged becomes no file of any kind, and the tensor is named."""
+    broken = Path(shutil.copytree(adapters["patterns"], tmp_path / "broken"))
+    weights = load_file(broken / "adapter_model.safetensors")
+    name = next(name for name in weights if name.endswith("lora_B.weight"))
+    weights[name] = np.full_like(weights[name], np.nan)
+    save_file(weights, broken / "adapter_model.safetensors")
+    with pytest.raises(ExportError, match="infinite or undefined"):
+        export_model(broken, to=(target,), quants=("F16",), out=tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_chat_says_what_is_wrong_with_a_file(
     exported: Export, models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -320,13 +320,18 @@ def _interrupted(path: Path) -> None:
 
 
 def test_file_appears_only_when_complete(tmp_path: Path) -> None:
-    """An interrupted write leaves the old file and nothing beside it."""
+    """An interrupted write leaves the old file with its proof; a new file has none yet."""
     path = tmp_path / "a.gguf"
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), complete_file(path) as aside:
         _interrupted(aside)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+    proof = tmp_path / "a.verification.json"
+    proof.write_text("of the old one")
+    with pytest.raises(KeyboardInterrupt), complete_file(path) as aside:
+        _interrupted(aside)
+    assert proof.is_file(), "it still tells of the file that is there"
     with complete_file(path) as aside:
         aside.write_text("new")
     assert path.read_text() == "new"
