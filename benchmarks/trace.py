@@ -49,7 +49,7 @@ WITHOUT = ("olmo2", "phi3")
 TARGETS = ("all-linear", "q_v", "mlp")
 
 
-TRACER = [sys.executable, "-P", "-m", "advisor.train.trace"]
+TRACER = [sys.executable, "-P", "-m", "advisor.train.trace_alone"]
 MIDDLE, LARGE = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.3-70B-Instruct"
 PLANS: tuple[tuple[str, dict[str, Any]], ...] = (
     (MIDDLE, {"tuner": "lora", "seq_len": 2048}),

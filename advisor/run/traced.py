@@ -57,15 +57,21 @@ def _tracer() -> bytes:
 
 
 def _ask(question: bytes) -> bytes:
-    """Run the tracer in a process of its own: it replaces functions of torch."""
-    answer = subprocess.run(
-        [sys.executable, "-P", "-m", "advisor.train.trace"], input=question + b"\n", capture_output=True,
-        check=False, env={**os.environ, **QUIET_AND_OFFLINE},
-    )  # fmt: skip
-    lines = [line for line in answer.stdout.splitlines() if line.startswith(b"{")]
-    if answer.returncode or not lines:
-        raise _failure(answer.stderr.decode(errors="replace"))
-    return lines[-1]
+    """Run the tracer in a process of its own: it replaces functions of torch. Where it fails without what it
+    can do without, it is asked again with everything."""
+    said = ""
+    for module in ("advisor.train.trace_alone", "advisor.train.trace"):
+        answer = subprocess.run(
+            [sys.executable, "-P", "-m", module], input=question + b"\n", capture_output=True, check=False,
+            env={**os.environ, **QUIET_AND_OFFLINE},
+        )  # fmt: skip
+        lines = [line for line in answer.stdout.splitlines() if line.startswith(b"{")]
+        if lines and not answer.returncode:
+            return lines[-1]
+        said = answer.stderr.decode(errors="replace")
+        if REFUSAL in said:
+            break
+    raise _failure(said)
 
 
 def _failure(said: str) -> AdvisorError:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import torch
@@ -26,7 +26,6 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import advisor.train.trace_alone  # noqa: F401 - before anything that imports PEFT
 from advisor.errors import RefusedError
 from advisor.train.trace_model import build, in_tiles, mixed, sequences
 from advisor.train.trace_standins import Autocast, prepare
@@ -287,13 +286,12 @@ def _loss(model: nn.Module, inputs: dict[str, Any], ids: Tensor, settings: Memor
     return (-functional.logsigmoid(better - worse).mean(),)
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Answer the questions of standard input, line by line."""
     for line in sys.stdin.buffer:
         question = msgspec.json.decode(line, type=Question)
         sys.stdout.buffer.write(msgspec.json.encode(trace(question.spec, question.settings)) + b"\n")
         sys.stdout.buffer.flush()
-    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -67,26 +67,32 @@ def real_peaks(cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[int]
     return [measure(model, MemorySettings(**given), "cpu").peak for model, given in cases]
 
 
-def run(script: str, cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[bytes]:
+def run(program: tuple[str, str], cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[bytes]:
     """Give cases to a process of its own, as everyone must: the tracer replaces functions of torch."""
     lines = [msgspec.json.encode({"spec": m, "settings": MemorySettings(**given)}) for m, given in cases]
     answer = subprocess.run(
-        [sys.executable, "-c", script], input=b"\n".join(lines), capture_output=True, check=True
+        [sys.executable, *program], input=b"\n".join(lines), capture_output=True, check=True
     )
     return answer.stdout.splitlines()
 
 
-def ask(cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[TracedPeaks]:
-    """Trace as `python -m advisor.train.trace` does."""
-    found = run("from advisor.train.trace import main; main()", cases)
+def ask(module: str, cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[TracedPeaks]:
+    """Trace as `python -m MODULE` does."""
+    found = run(("-m", module), cases)
     return [msgspec.json.decode(line, type=TracedPeaks) for line in found if line.startswith(b"{")]
 
 
+@pytest.fixture(scope="module")
+def traces() -> list[TracedPeaks]:
+    """What the tracer says of all cases, those of a card before those of a processor."""
+    return ask("advisor.train.trace_alone", (*CASES, *REAL))
+
+
 @pytest.mark.slow
-def test_the_closed_form_agrees_with_the_tracer() -> None:
+def test_the_closed_form_agrees_with_the_tracer(traces: list[TracedPeaks]) -> None:
     """Six families, tuners, precisions and losses: each within 5%, half of them within 1%."""
     errors = []
-    for (model, given), peaks in zip(CASES, ask(CASES), strict=True):
+    for (model, given), peaks in zip(CASES, traces[: len(CASES)], strict=True):
         closed = estimate_memory(model, MemorySettings(**given), RULES)
         traced = traced_estimate(model, MemorySettings(**given), RULES, peaks)
         assert traced.engine == "trace"
@@ -98,27 +104,39 @@ def test_the_closed_form_agrees_with_the_tracer() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_tracer_agrees_with_real_steps() -> None:
+def test_the_tracer_agrees_with_real_steps(traces: list[TracedPeaks]) -> None:
     """Three small models train two real steps on the processor: within 2% of what the profiler counts, also
     where the same process was asked of a card before."""
-    traces = ask((CASES[0], *REAL))[1:]
-    for (model, given), traced, real in zip(REAL, traces, real_peaks(REAL), strict=True):
+    for (model, given), traced, real in zip(REAL, traces[len(CASES) :], real_peaks(REAL), strict=True):
         assert traced.fullest[1] == pytest.approx(real, rel=0.02), (model.model_type, given)
 
 
-BOTH = """
+EVERYTHING = """
 import sys
 import msgspec
-from advisor.train.trace import Question, extrapolate, moments
-from advisor.train.trace_standins import prepare
-from advisor.types import MemorySettings
+from advisor.errors import RefusedError
+from advisor.train.trace import Question, extrapolate, trace
 for line in sys.stdin.buffer:
     asked = msgspec.json.decode(line, type=Question)
-    prepare(asked.settings)
-    whole, some = moments(asked.spec, asked.settings), extrapolate(asked.spec, asked.settings)
-    backward = max(whole[name] for name in ("head", "last", "middle", "first"))
-    print(backward, whole["optimizer"], some.backward, some.optimizer, *some.traced_blocks)
+    try:
+        answers = [trace(asked.spec, asked.settings)]
+        if asked.spec.shape.layers == 20:
+            answers.append(extrapolate(asked.spec, asked.settings))
+        print(msgspec.json.encode(answers).decode())
+    except RefusedError as error:
+        print(error)
 """
+"""Traces with everything imported, deep models in both ways."""
+PHI = spec("phi3", heads=16, kv_heads=16, tied=False, **WIDE)
+REFUSED: tuple[tuple[ModelSpec, dict[str, Any], str], ...] = (
+    (LLAMA, {"tuner": "adapter"}, "prompt_tuning"),
+    (PHI, {"tuner": "ln_tuning"}, "PEFT names no layers of phi3"),
+    (LLAMA, {"gpus": 4, "shard": "fsdp"}, "shard = fsdp is not traced; valid for shard: none"),
+    (LLAMA, {"weight_bits": 8}, "valid for weight_bits: 4, 16, 32"),
+    (LLAMA, {"optimizer": "adafactor"}, "adamw_torch_fused"),
+    (LLAMA, {"checkpoint_every": 2}, "checkpoint_every = 2"),
+    (spec(heads=16, kv_heads=4, experts=8, **WIDE), {}, "mixture of experts"),
+)
 DEEP: tuple[tuple[ModelSpec, dict[str, Any]], ...] = (
     (spec(heads=4, kv_heads=2, **{**SMALL, "layers": 20}), {"seq_len": 256}),
     (
@@ -129,14 +147,22 @@ DEEP: tuple[tuple[ModelSpec, dict[str, Any]], ...] = (
 
 
 @pytest.mark.slow
-def test_a_deep_model_is_extrapolated_from_smaller_depths() -> None:
-    """What 4, 8 and 12 blocks hold says what 20 hold, to a thousandth, wherever the peak moves to."""
-    found = [line.split() for line in run(BOTH, DEEP)]
-    assert len(found) == len(DEEP)
-    for backward, optimizer, backward_then, optimizer_then, *depths in found:
-        assert int(backward_then) == pytest.approx(int(backward), rel=0.001)
-        assert int(optimizer_then) == pytest.approx(int(optimizer), rel=0.001)
-        assert [int(depth) for depth in depths] == [4, 8, 12]
+def test_the_tracer_with_everything_imported(traces: list[TracedPeaks]) -> None:
+    """It says the same as without what it has no use for. What 4, 8 and 12 blocks hold says what 20 hold, to
+    a thousandth. What it does not follow is refused, not traced as something else; so is layer-norm tuning
+    of a family for which PEFT names no layers."""
+    refused = tuple((model, given) for model, given, _ in REFUSED)
+    asked = (*DEEP, *CASES[::8], *REAL)
+    said = [line.decode() for line in run(("-c", EVERYTHING), (*asked, *refused))]
+    assert len(said) == len(asked) + len(REFUSED)
+    answers = [msgspec.json.decode(line, type=list[TracedPeaks]) for line in said[: len(asked)]]
+    for whole, some in answers[: len(DEEP)]:
+        assert some.backward == pytest.approx(whole.backward, rel=0.001)
+        assert some.optimizer == pytest.approx(whole.optimizer, rel=0.001)
+        assert some.traced_blocks == (4, 8, 12)
+    assert [one for (one,) in answers[len(DEEP) :]] == [*traces[: len(CASES) : 8], *traces[len(CASES) :]]
+    for line, (_, _, wanted) in zip(said[len(answers) :], REFUSED, strict=True):
+        assert wanted in line
 
 
 def test_an_extrapolated_trace_says_so() -> None:
@@ -145,36 +171,3 @@ def test_an_extrapolated_trace_says_so() -> None:
     found = traced_estimate(LLAMA, MemorySettings(), RULES, peaks)
     assert any("extrapolated: traced with 4, 8, 12 blocks" in note for note in found.notes)
     assert found.phase == "backward"
-
-
-REFUSALS = """
-import sys
-import msgspec
-from advisor.errors import RefusedError
-from advisor.train.trace import Question, trace
-for line in sys.stdin.buffer:
-    asked = msgspec.json.decode(line, type=Question)
-    try:
-        trace(asked.spec, asked.settings)
-    except RefusedError as error:
-        print(error)
-"""
-
-
-def test_what_is_not_traced_is_refused() -> None:
-    """What the tracer does not follow is refused with what it does, not traced as something else; so is
-    layer-norm tuning of a family for which PEFT names no layers."""
-    phi = spec("phi3", heads=16, kv_heads=16, tied=False, **WIDE)
-    cases: tuple[tuple[ModelSpec, dict[str, Any], bytes], ...] = (
-        (LLAMA, {"tuner": "adapter"}, b"prompt_tuning"),
-        (phi, {"tuner": "ln_tuning"}, b"PEFT names no layers of phi3"),
-        (LLAMA, {"gpus": 4, "shard": "fsdp"}, b"shard = fsdp is not traced; valid for shard: none"),
-        (LLAMA, {"weight_bits": 8}, b"valid for weight_bits: 4, 16, 32"),
-        (LLAMA, {"optimizer": "adafactor"}, b"adamw_torch_fused"),
-        (LLAMA, {"checkpoint_every": 2}, b"checkpoint_every = 2"),
-        (spec(heads=16, kv_heads=4, experts=8, **WIDE), {}, b"mixture of experts"),
-    )
-    said = run(REFUSALS, tuple((model, given) for model, given, _ in cases))
-    assert len(said) == len(cases)
-    for line, (_, _, wanted) in zip(said, cases, strict=True):
-        assert wanted in line
