@@ -19,6 +19,7 @@ from typing import IO, Any, TypeAlias
 
 import gguf
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from advisor.errors import ExportError
 from advisor.export.architecture import MetaValue, ModelPlan, PlannedTensor, factor_tensors, row_order
@@ -154,16 +155,18 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for values in factors.values():
             writer.write_tensor_data(values)
-        for number, tensor in enumerate(plan.tensors, start=1):
-            kind = types[tensor.name]
-            if merged is None:
-                writer.write_tensor_data(_Hole(_tensor_bytes(tensor.shape, kind)))
-                continue
-            writer.write_tensor_data(
-                _Stream(tensor, merged, kind, None if importance is None else importance.of(tensor))
-            )
-            if number % 50 == 0:
-                on_progress(f"{quant}: tensor {number} of {len(plan.tensors)}")
+        # Each of our threads multiplies alone: those that numpy would add only wait for one another.
+        with threadpool_limits(1, user_api="blas"):
+            for number, tensor in enumerate(plan.tensors, start=1):
+                kind = types[tensor.name]
+                if merged is None:
+                    writer.write_tensor_data(_Hole(_tensor_bytes(tensor.shape, kind)))
+                    continue
+                writer.write_tensor_data(
+                    _Stream(tensor, merged, kind, None if importance is None else importance.of(tensor))
+                )
+                if number % 50 == 0:
+                    on_progress(f"{quant}: tensor {number} of {len(plan.tensors)}")
     finally:
         writer.close()
     return planned_contents(plan, types)
