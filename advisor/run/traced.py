@@ -23,6 +23,8 @@ from advisor.run.launch import QUIET_AND_OFFLINE, require_installed
 from advisor.storage import write_atomic
 from advisor.types import MemoryEstimate, MemorySettings, ModelSpec, TracedPeaks
 
+TRACERS = ("advisor.train.trace_alone", "advisor.train.trace")
+"""Without what it can do without, and with everything."""
 REFUSAL = "advisor.errors.RefusedError: "
 
 
@@ -57,10 +59,10 @@ def _tracer() -> bytes:
 
 
 def _ask(question: bytes) -> bytes:
-    """Run the tracer in a process of its own: it replaces functions of torch. Where it fails without what it
-    can do without, it is asked again with everything."""
+    """Run the tracer in a process of its own: it replaces functions of torch. Where the light one fails by
+    something else than a refusal, the whole one is asked."""
     said = ""
-    for module in ("advisor.train.trace_alone", "advisor.train.trace"):
+    for module in TRACERS:
         answer = subprocess.run(
             [sys.executable, "-P", "-m", module], input=question + b"\n", capture_output=True, check=False,
             env={**os.environ, **QUIET_AND_OFFLINE},

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from advisor import knowledge
+from advisor.errors import InputError
 from advisor.estimate.memory import estimate_memory, traced_estimate
+from advisor.run import traced
 from advisor.types import MemorySettings, ModelSpec, TracedPeaks
 from tests.unit.estimate_cases import spec
 
@@ -94,10 +98,10 @@ def test_the_closed_form_agrees_with_the_tracer(traces: list[TracedPeaks]) -> No
     errors = []
     for (model, given), peaks in zip(CASES, traces[: len(CASES)], strict=True):
         closed = estimate_memory(model, MemorySettings(**given), RULES)
-        traced = traced_estimate(model, MemorySettings(**given), RULES, peaks)
-        assert traced.engine == "trace"
-        assert sum(part.bytes for part in traced.parts) == traced.peak_bytes.expected
-        errors.append(abs(closed.allocated_bytes.expected / traced.allocated_bytes.expected - 1))
+        told = traced_estimate(model, MemorySettings(**given), RULES, peaks)
+        assert told.engine == "trace"
+        assert sum(part.bytes for part in told.parts) == told.peak_bytes.expected
+        errors.append(abs(closed.allocated_bytes.expected / told.allocated_bytes.expected - 1))
     assert max(errors) < 0.05, errors
     assert sorted(errors)[len(errors) // 2] < 0.01, errors
 
@@ -107,8 +111,8 @@ def test_the_closed_form_agrees_with_the_tracer(traces: list[TracedPeaks]) -> No
 def test_the_tracer_agrees_with_real_steps(traces: list[TracedPeaks]) -> None:
     """Three small models train two real steps on the processor: within 2% of what the profiler counts, also
     where the same process was asked of a card before."""
-    for (model, given), traced, real in zip(REAL, traces[len(CASES) :], real_peaks(REAL), strict=True):
-        assert traced.fullest[1] == pytest.approx(real, rel=0.02), (model.model_type, given)
+    for (model, given), peaks, real in zip(REAL, traces[len(CASES) :], real_peaks(REAL), strict=True):
+        assert peaks.fullest[1] == pytest.approx(real, rel=0.02), (model.model_type, given)
 
 
 EVERYTHING = """
@@ -163,6 +167,29 @@ def test_the_tracer_with_everything_imported(traces: list[TracedPeaks]) -> None:
     assert [one for (one,) in answers[len(DEEP) :]] == [*traces[: len(CASES) : 8], *traces[len(CASES) :]]
     for line, (_, _, wanted) in zip(said[len(answers) :], REFUSED, strict=True):
         assert wanted in line
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"), [("ImportError('moved')", 2), ("SystemExit('advisor.errors.RefusedError: no')", 1)]
+)
+def test_the_whole_tracer_is_asked_where_the_light_one_fails(
+    error: str, asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a failure, that is; a refusal is told at once."""
+    peaks = {"steady": 1 << 30, "forward": 2 << 30, "backward": 3 << 30, "optimizer": 2 << 30}
+    (tmp_path / "light.py").write_text(f"open({str(tmp_path / 'asked')!r}, 'a').write('1')\nraise {error}\n")
+    (tmp_path / "whole.py").write_text(
+        f"open({str(tmp_path / 'asked')!r}, 'a').write('1')\nprint({json.dumps(peaks)!r})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(traced, "TRACERS", ("light", "whole"))
+    if asked == 1:
+        with pytest.raises(InputError, match="The tracer cannot answer: no"):
+            traced.trace(LLAMA, MemorySettings(), knowledge.load(), tmp_path)
+    else:
+        found = traced.trace(LLAMA, MemorySettings(), knowledge.load(), tmp_path)
+        assert found.engine == "trace"
+    assert len((tmp_path / "asked").read_text()) == asked
 
 
 def test_an_extrapolated_trace_says_so() -> None:
