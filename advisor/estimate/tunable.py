@@ -21,7 +21,6 @@ ALIASES = {
 }  # fmt: skip
 IA3_QUERY_VALUE = frozenset({"qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"})
 POST_ATTENTION_ONLY = frozenset({"qwen2", "qwen3"})
-EVERY_NORM = frozenset({"gemma2", "gemma3_text", "gpt2"})
 
 
 def tuner_name(tuner: str) -> str:
@@ -104,7 +103,8 @@ def _small(tuner: str, spec: ModelSpec, plan: Layout, settings: MemorySettings) 
 
 
 def ia3_targets(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> tuple[Linear, ...]:
-    """Return PEFT's own choice (keys or queries, values, the way out of the MLP) unless modules are named."""
+    """Return PEFT's own choice (keys or queries, values, the way out of the MLP), or what is scaled in place
+    of it where it has none, unless modules are named."""
     if settings.target not in ("all-linear", "default", "keys-values-feedforward"):
         return _targets(plan, settings)
     first = "q_proj" if spec.model_type in IA3_QUERY_VALUE else "k_proj"
@@ -112,12 +112,11 @@ def ia3_targets(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> tupl
 
 
 def tunes_norm(spec: ModelSpec, name: str) -> bool:
-    """True when layer-norm tuning trains the norm `name`: PEFT's own choice for each family."""
-    if name in ("q_norm", "k_norm"):
-        return False
+    """True when layer-norm tuning trains the norm `name`: PEFT's own choice for each family that it knows,
+    in others every norm but those of single heads."""
     if spec.model_type in POST_ATTENTION_ONLY:
         return name == "post_attention_layernorm"
-    return spec.model_type in EVERY_NORM or name in ("input_layernorm", "post_attention_layernorm")
+    return name not in ("q_norm", "k_norm")
 
 
 def preserved(linear: Linear, share: float) -> int:

@@ -23,8 +23,12 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING,
+)
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from advisor.errors import ModelError, RefusedError, UnknownNameError
 from advisor.train import bottleneck
@@ -40,7 +44,10 @@ GROUPS = {
 INITIAL = Path("initial_adapter")
 """The adapter before its first step, where the result is told as a difference to it (PiSSA)."""
 CHOSEN_BY_PEFT = ("keys-values-feedforward", "all-linear")
-"""Targets of IA3 that mean what PEFT knows of the family."""
+"""Targets of IA3 that mean what PEFT knows of the family; where it knows none, `SCALED`."""
+SCALED = ("k_proj", "v_proj", "qkv_proj", "down_proj")
+PER_HEAD_NORMS = ("q_norm", "k_norm")
+"""Norms that layer-norm tuning leaves as they are, as PEFT does in every family that it knows."""
 
 
 class Trained(Record, frozen=True, kw_only=True):
@@ -119,7 +126,7 @@ def _go_on(model: nn.Module, settings: Settings, start: Path) -> nn.Module:
 
 
 def _small(
-    model: nn.Module, tuner: str, settings: SftSettings, tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel, tuner: str, settings: SftSettings, tokenizer: PreTrainedTokenizerBase
 ) -> nn.Module:
     """Wrap a model with one of PEFT's tuners beside LoRA."""
     config = _small_config(model, tuner, settings)
@@ -131,11 +138,11 @@ def _small(
     return wrapped
 
 
-def _small_config(model: nn.Module, tuner: str, settings: SftSettings) -> PeftConfig:
+def _small_config(model: PreTrainedModel, tuner: str, settings: SftSettings) -> PeftConfig:
     if tuner == "ia3":
         return _ia3(model, settings)
     if tuner == "ln_tuning":
-        return LNTuningConfig(task_type="CAUSAL_LM")
+        return _norms(model)
     kind = {
         "prompt_tuning": PromptTuningConfig,
         "p_tuning": PromptEncoderConfig,
@@ -163,12 +170,21 @@ def lora_config(model: nn.Module, settings: Settings, *, task: str = "CAUSAL_LM"
     )
 
 
-def _ia3(model: nn.Module, settings: SftSettings) -> IA3Config:
-    if settings.target in CHOSEN_BY_PEFT:
+def _ia3(model: PreTrainedModel, settings: SftSettings) -> IA3Config:
+    chosen = settings.target in CHOSEN_BY_PEFT
+    if chosen and model.config.model_type in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
         return IA3Config(task_type="CAUSAL_LM")
-    named = target_modules(model, settings.target)
+    named = _among(_linear_layers(model), SCALED) if chosen else target_modules(model, settings.target)
     forward = [name for name in named if name in ("down_proj", "mlp.c_proj")]
     return IA3Config(task_type="CAUSAL_LM", target_modules=named, feedforward_modules=forward)
+
+
+def _norms(model: PreTrainedModel) -> LNTuningConfig:
+    """Return PEFT's choice of norms for the family, else all but those of single heads."""
+    if model.config.model_type in TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING:
+        return LNTuningConfig(task_type="CAUSAL_LM")
+    norms = {name.rpartition(".")[2] for name, one in model.named_modules() if "Norm" in type(one).__name__}
+    return LNTuningConfig(task_type="CAUSAL_LM", target_modules=sorted(norms.difference(PER_HEAD_NORMS)))
 
 
 def _begin_with_words(
@@ -240,11 +256,9 @@ def target_modules(model: nn.Module, target: str) -> str | list[str]:
     """
     if target == "all-linear":
         return target
-    linear = {
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _conv1d(module)
-    }
+    linear = _linear_layers(model)
     wanted = GROUPS.get(target) or tuple(name.strip() for name in target.split(",") if name.strip())
-    found = [word for word in wanted if any(name == word or name.endswith(f".{word}") for name in linear)]
+    found = _among(linear, wanted)
     if "lm_head" in found:
         raise RefusedError("LoRA on the output layer lm_head is not supported.", "Set target: all-linear.")
     if not found or (target not in GROUPS and len(found) < len(wanted)):
@@ -252,6 +266,17 @@ def target_modules(model: nn.Module, target: str) -> str | list[str]:
         leaves = {name.rpartition(".")[2] for name in linear} | {"all-linear", *GROUPS}
         raise UnknownNameError("target layer", missing, leaves, "Correct `target` in the recipe.")
     return found
+
+
+def _linear_layers(model: nn.Module) -> set[str]:
+    return {
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _conv1d(module)
+    }
+
+
+def _among(names: set[str], wanted: tuple[str, ...]) -> list[str]:
+    """Return the wanted endings that some name has."""
+    return [word for word in wanted if any(name == word or name.endswith(f".{word}") for name in names)]
 
 
 def virtual_tokens(model: torch.nn.Module) -> int:
