@@ -7,6 +7,8 @@ Never does: hand llama.cpp a file on which it would crash.
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +71,34 @@ def parse_adapter(text: str) -> tuple[Path, float]:
     name, found, strength = text.rpartition("=")
     if not found or Path(text).exists():
         return Path(text), 1.0
+    return Path(name), parse_strength(strength)
+
+
+def parse_strength(text: str) -> float:
+    """Return a strength; 1 is as trained, 0 is the base alone.
+
+    Raises:
+        UsageError: it is no number.
+    """
     try:
-        return Path(name), float(strength)
+        strength = float(text)
     except ValueError:
-        raise UsageError(
-            f"{strength!r} is no strength of an adapter.", "For example: --lora a.gguf=0.5"
-        ) from None
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise UsageError(f"{text!r} is no strength of an adapter.", "For example 0.5; 1 is as trained.")
+    return strength
+
+
+def short_names(files: Iterable[Path]) -> dict[str, Path]:
+    """Return files by their names without the ending; those that share one are told apart by their folders,
+    and any that are still alike by number."""
+    found: dict[str, Path] = {}
+    paths = list(files)
+    for path in paths:
+        alike = [other for other in paths if other.stem == path.stem]
+        name = path.stem if len(alike) == 1 else f"{path.resolve().parent.name}/{path.stem}"
+        found[name if name not in found else f"{name}-{len(found) + 1}"] = path
+    return found
 
 
 def _check_adapter(lora: Path, architecture: str) -> None:

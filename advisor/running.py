@@ -223,8 +223,14 @@ def read_facts(gguf: Path) -> FileFacts:
     params.vocab_only = True
     model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
     if not model:
+        reason = said.reason() or "it does not say why"
+        if _NO_VOCABULARY in reason:
+            raise InputError(
+                f"{gguf} holds no whole model: it is an adapter, or a part of one.",
+                f"Put an adapter on its base: ftadvisor chat BASE.gguf --lora {gguf}",
+            )
         raise InputError(
-            f"llama.cpp cannot load {gguf}: {said.reason() or 'it does not say why'}",
+            f"llama.cpp cannot load {gguf}: {reason}",
             "The file may be cut short: copy it again, or check it with ftadvisor verify.",
         )
     try:
@@ -281,6 +287,8 @@ def avoid_amx() -> None:
     library.llama_model_default_params = plain
 
 
+_NO_VOCABULARY = "key not found in model: tokenizer.ggml.model"
+"""llama.cpp's words for a file that holds no tokenizer."""
 _WITHOUT_AMX = "llama_model_default_params_without_amx"
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from advisor.chat import ChatSession
 from advisor.cli import options
-from advisor.cli.output import print_json, print_text
+from advisor.cli.output import notifier, print_json, print_text
 from advisor.errors import UsageError
 from advisor.intake import own_cache_dir
-from advisor.lora_files import parse_adapter
+from advisor.lora_files import parse_adapter, short_names
 from advisor.running import CacheType
+
+if TYPE_CHECKING:
+    from advisor.adapters import AdapterChat
+    from advisor.ui.talk import Choices
+
+ALL, BASE = "all", "base"
 
 
 class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,12 +73,17 @@ def chat(
     """Talk to a GGUF file, or to run folders as they were trained, offline.
 
     Adapters are changed while you talk, without loading the model again: /adapter NAME, and /adapter base for
-    none. They are the run folders, or the --lora files of a GGUF. An empty line, /quit or Ctrl-D ends; /new
-    starts again.
+    none. They are the run folders, or the --lora files of a GGUF, of which /adapter NAME=0.5 takes half and
+    /adapter all what was given. An empty line, /quit or Ctrl-D ends; /new starts again.
     """
     if as_json and prompt is None:
         raise UsageError("--json needs --prompt.", "ftadvisor chat FILE --prompt TEXT --json")
     said: dict[str, Any] = {"system": system, "temperature": temperature, "max_tokens": max_tokens}
+    if len(targets) > 1 and any(target.is_file() for target in targets):
+        raise UsageError(
+            "Several run folders talk together, and one GGUF file alone or with a second one.",
+            f"For two files: ftadvisor chat {targets[0]} --compare {targets[1]}",
+        )
     if targets[0].is_dir() or len(targets) > 1:
         if lora or prefix or compare or context or kv_cache:
             raise UsageError(
@@ -85,6 +97,9 @@ def chat(
     sessions = {str(gguf): ChatSession(gguf, prefix=prefix, **said)}
     if compare is not None:
         sessions[str(compare)] = ChatSession(compare, **said)
+    notify = notifier(quiet=as_json)
+    for note in dict.fromkeys(note for session in sessions.values() for note in session.running.notes):
+        notify(note)
     adapters = dict(map(parse_adapter, lora))
     if adapters:
         sessions[str(gguf)].use_adapters(adapters)
@@ -93,10 +108,19 @@ def chat(
         return
     from advisor.ui.talk import talk
 
-    put_on = sessions[str(gguf)].use_adapters
-    alone = {path.stem: partial(put_on, {path: scale}) for path, scale in adapters.items()}
-    choices = {**alone, "all": partial(put_on, adapters), "base": partial(put_on, {})} if adapters else {}
-    talk(sessions, choices, "all")
+    talk(sessions, _choices(sessions[str(gguf)], adapters), ALL)
+
+
+def _choices(session: ChatSession, adapters: dict[Path, float]) -> Choices:
+    """Return each adapter, all together and none; a strength that is named counts beside those given."""
+
+    def put_on(scales: dict[Path, float], strength: float | None) -> None:
+        session.use_adapters(
+            {path: scale if strength is None else strength for path, scale in scales.items()}
+        )
+
+    alone = {name: partial(put_on, {path: adapters[path]}) for name, path in short_names(adapters).items()}
+    return {**alone, ALL: partial(put_on, adapters), BASE: partial(put_on, {})} if adapters else {}
 
 
 def _turn(prompt: str, sessions: dict[str, ChatSession], *, as_json: bool) -> None:
@@ -113,6 +137,8 @@ def _turn(prompt: str, sessions: dict[str, ChatSession], *, as_json: bool) -> No
 
 def _folders(targets: tuple[Path, ...], prompt: str | None, said: dict[str, Any], *, as_json: bool) -> None:
     """Talk to trained folders; with a prompt, each answers it from the beginning."""
+    # peft imports bitsandbytes, which warns that it would be faster with a package that we do not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from advisor.adapters import AdapterChat, find_voices
     from advisor.run.launch import require_installed
     from advisor.ui.talk import talk, turn
@@ -120,7 +146,7 @@ def _folders(targets: tuple[Path, ...], prompt: str | None, said: dict[str, Any]
     require_installed(("torch", "transformers", "peft"))
     session = AdapterChat(find_voices(targets, offline=True, on_progress=lambda _: None), **said)
     if prompt is None:
-        talk({session.chosen: session}, {name: partial(session.choose, name) for name in session.names},
+        talk({session.chosen: session}, {name: partial(_choose, session, name) for name in session.names},
              session.chosen)  # fmt: skip
         return
     answers = {}
@@ -135,3 +161,12 @@ def _folders(targets: tuple[Path, ...], prompt: str | None, said: dict[str, Any]
         print_json(ChatAnswer(prompt=prompt, answers=answers))
     else:
         print_text("")
+
+
+def _choose(session: AdapterChat, name: str, strength: float | None) -> None:
+    if strength is not None:
+        raise UsageError(
+            "Trained folders answer at the strength they were trained with.",
+            "Export the adapter, --to lora-gguf, and put it on with --lora.",
+        )
+    session.choose(name)

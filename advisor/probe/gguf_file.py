@@ -31,6 +31,8 @@ def check_gguf(path: Path) -> None:
         found = sorted(path.glob("*.gguf")) + sorted(path.glob("export/*.gguf"))
         remedy = f"In it: {found[0]}" if found else _REMEDY
         raise InputError(f"{path} is a folder; a GGUF file is needed.", remedy)
+    if not path.is_file():
+        raise InputError(f"{path} is no ordinary file.", "Save what it gives as a file first.")
     try:
         with path.open("rb") as file:
             start = file.read(4)

@@ -6,20 +6,25 @@ does: load a model; keep what was said; send lines that were pasted together one
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import FormattedText
+from rich.console import Console
 from rich.text import Text
 
 from advisor.errors import AdvisorError, UnknownNameError, UsageError
+from advisor.lora_files import parse_strength
 from advisor.ui.console import make_console
 
 ENDINGS = {"", "/quit", "/exit", "quit", "exit"}
 ADAPTER = "/adapter"
+COMMAND = re.compile("/[a-z]+")
+"""A slip of the pen, or /help; a path or a sentence is more than that."""
 
 
 class Talks(Protocol):
@@ -32,8 +37,8 @@ class Talks(Protocol):
         """Forget what was said."""
 
 
-Choices = Mapping[str, Callable[[], None]]
-"""Name of an adapter -> puts it on."""
+Choices: TypeAlias = Mapping[str, Callable[[float | None], None]]
+"""Name of an adapter -> puts it on, with a strength where one is named."""
 
 
 def talk(sessions: Mapping[str, Talks], choices: Choices | None = None, chosen: str = "") -> None:
@@ -53,7 +58,8 @@ def talk(sessions: Mapping[str, Talks], choices: Choices | None = None, chosen: 
         )
     console = make_console()
     more = f" {ADAPTER} NAME changes the adapter: {', '.join(choices)}." if choices else ""
-    console.print(Text(f"An empty line or /quit ends; /new starts again.{more}"), style="quiet")
+    commands = Text(f"An empty line or /quit ends; /new starts again.{more}", style="quiet")
+    console.print(commands)
     asking = PromptSession[str](FormattedText([("ansicyan", "you> ")]))
     while True:
         try:
@@ -71,25 +77,37 @@ def talk(sessions: Mapping[str, Talks], choices: Choices | None = None, chosen: 
         if choices and text.split()[0] == ADAPTER:
             chosen = choose(choices, text.removeprefix(ADAPTER).strip(), chosen)
             continue
+        if COMMAND.fullmatch(text):
+            console.print(commands)
+            continue
         try:
             turn(sessions, text)
         except AdvisorError as problem:
-            console.print(Text(" ".join(filter(None, (problem.message, problem.remedy)))), style="warn")
+            _warn(console, problem)
 
 
-def choose(choices: Choices, name: str, chosen: str) -> str:
-    """Put another adapter on, or with no name say which there are; return the one that is on now."""
+def choose(choices: Choices, asked: str, chosen: str) -> str:
+    """Put another adapter on (`NAME` or `NAME=STRENGTH`), or with no name say which there are.
+
+    Returns:
+        The one that is on now.
+    """
     console = make_console()
+    name, strength = asked, None
     try:
+        if "=" in asked and asked not in choices:
+            name, _, number = asked.rpartition("=")
+            strength = parse_strength(number)
         if name and name not in choices:
             raise UnknownNameError("adapter", name, choices)
         if name:
-            choices[name]()
+            choices[name](strength)
     except AdvisorError as problem:
-        console.print(Text(problem.message), style="warn")
+        _warn(console, problem)
         return chosen
     chosen = name or chosen
-    listed = ", ".join(f"[{one}]" if one == chosen else one for one in choices)
+    on = f"[{chosen}]" if strength is None else f"[{chosen}={strength:g}]"
+    listed = ", ".join(on if one == chosen else one for one in choices)
     console.print(Text(f"adapter: {listed}"), style="quiet")
     return chosen
 
@@ -106,3 +124,7 @@ def turn(sessions: Mapping[str, Talks], text: str, *, named: bool = False) -> No
         except KeyboardInterrupt:
             console.print(" (stopped)", style="quiet", end="")
         console.print()
+
+
+def _warn(console: Console, problem: AdvisorError) -> None:
+    console.print(Text(f"{problem.message} {problem.remedy}".strip(), style="warn"))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from terminal import ENTER, Terminal
 
+from advisor.cli.main import run
 from advisor.export import export_model
 from tiny import make_tiny_model
 
@@ -16,41 +19,71 @@ pytestmark = [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_tiny_model(tmp_path_factory.mktemp("talked") / "model")
-    return Path(export_model(folder, quants=("F32",)).files[0].path)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("talked") / "model")
 
 
-@pytest.fixture
-def terminal(gguf: Path, tmp_path: Path) -> Iterator[Terminal]:
-    arguments = ["chat", str(gguf), "--max-tokens", "24", "--context", "256"]
-    found = Terminal(arguments, tmp_path, columns=40)
-    found.wait_for("you>")
-    yield found
-    found.close()
+@pytest.fixture(scope="module")
+def gguf(model: Path) -> Path:
+    return Path(export_model(model, quants=("F32",)).files[0].path)
 
 
-def test_pasted_lines_are_one_question(terminal: Terminal) -> None:
-    """Lines that are pasted together, an empty one among them, are asked together; nothing is left over."""
+@pytest.fixture(scope="module")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two LoRA-GGUF files of the same name in folders of their own."""
+    folder = tmp_path_factory.mktemp("adapters")
+    source = folder / "tea"
+    source.mkdir()
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": str(model)}
+    (source / "adapter_config.json").write_text(json.dumps(settings))
+    place = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    width = json.loads((model / "config.json").read_text())["hidden_size"]
+    rows = np.random.default_rng(0).normal(size=(width, 4)).astype(np.float32)
+    pair = {f"{place}A.weight": np.ascontiguousarray(rows.T), f"{place}B.weight": rows}
+    save_file(pair, source / "adapter_model.safetensors")
+    made = [export_model(source, to=("lora-gguf",), out=folder / name) for name in ("a", "b")]
+    first, second = (Path(one.files[0].path) for one in made)
+    return first.rename(first.with_name("tea.gguf")), second.rename(second.with_name("tea.gguf"))
+
+
+def test_whatever_is_typed_the_conversation_goes_on(
+    gguf: Path, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Lines pasted together are one question, a long one arrives whole and is refused in words, adapters of
+    one name are told apart and take a strength, a slip of the pen is not sent to the model."""
+    first, second = (f"--lora={path}" for path in adapters)
+    terminal = Terminal(["chat", str(gguf), first, second, "--max-tokens=8"], tmp_path, columns=60)
+    terminal.wait_for("you>")
     terminal.send("\x1b[200~first line\n\nthird line 👩‍🚀\x1b[201~")
     terminal.wait_for("third line")
     assert terminal.text().count("you>") == 1
     terminal.send(ENTER)
     terminal.wait_for("you>", times=2)
-    terminal.send("and more" + ENTER)
-    terminal.wait_for("you> and more")
-    terminal.send("/quit" + ENTER)
-    assert terminal.wait_end() == 0
-
-
-def test_too_long_a_question_does_not_end_the_conversation(terminal: Terminal) -> None:
-    """It is refused in words, whatever its length, and the next one is answered."""
-    terminal.send("many words " * 400)
-    time.sleep(0.3)
-    terminal.send(ENTER)
-    told = " ".join(terminal.wait_for("Shorten").split())
-    assert "this model has room for" in told
+    for asked, told in (
+        ("/adapter b/tea=0.5", "adapter: a/tea, [b/tea=0.5], all, base"),
+        ("/adapter a/tea=nan", "'nan' is no strength"),
+        ("/adapter c/tea", "Unknown adapter 'c/tea'"),
+        ("/help", "/new starts again"),
+        ("many words " * 400, "Shorten it."),
+    ):
+        terminal.send(asked)
+        time.sleep(0.2)
+        terminal.send(ENTER)
+        terminal.wait_for(told, times=2 if asked == "/help" else 1)
+    assert "2816 tokens" in terminal.text()
     terminal.send("Hello" + ENTER)
     terminal.wait_for("you> Hello")
     terminal.send("/quit" + ENTER)
     assert terminal.wait_end() == 0
+
+
+def test_two_files_are_compared_by_name(gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two GGUF files are no run folders; the command that compares them is told."""
+    assert run(["chat", str(gguf), str(gguf)]) == 2
+    assert f"ftadvisor chat {gguf} --compare {gguf}" in capsys.readouterr().err
+
+
+def test_memory_that_is_not_set_aside_is_told(gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More context than the model was trained on is not given, and one is told so."""
+    assert run(["chat", str(gguf), "--context", "100000", "--prompt", "Hello", "--max-tokens", "2"]) == 0
+    assert "more are not set aside" in capsys.readouterr().err

@@ -138,4 +138,4 @@ def test_the_conversation_goes_on_when_the_adapter_changes(runs: dict[str, Path]
         chat.choose("rivr")
     chat.choose("base")
     assert [turn["role"] for turn in chat.messages] == ["user", "assistant"]
-    assert choose({"base": lambda: None}, "nothing", "base") == "base"
+    assert choose({"base": lambda strength: None}, "nothing", "base") == "base"

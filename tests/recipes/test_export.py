@@ -556,6 +556,8 @@ def test_adapter_at_run_time_equals_the_merged_file(
         on_base.reset()
         assert "".join(on_base.reply("Hello")) == expected
     on_base.close()
+    with pytest.raises(InputError, match="holds no whole model"):
+        ChatSession(lora)
 
 
 @pytest.mark.parametrize("name", ["dora", "norms", "embedding", "head"])
@@ -589,11 +591,13 @@ def test_chat_says_what_is_wrong_with_a_file(
     (tmp_path / "empty.gguf").touch()
     (tmp_path / "other.gguf").write_text("not a model")
     (tmp_path / "short.gguf").write_bytes(good.read_bytes()[:-200_000])
+    os.mkfifo(tmp_path / "pipe.gguf")
     for name, told in (
         ("none", "does not exist"),
         ("empty", "empty"),
         ("other", "not a GGUF"),
         ("short", "bounds"),
+        ("pipe", "no ordinary file"),
     ):
         with pytest.raises(InputError, match=told):
             ChatSession(tmp_path / f"{name}.gguf")
