@@ -7,6 +7,8 @@ does: listen beyond loopback; answer a web page of another site; print what is s
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import socket
 import unicodedata
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from advisor.probe.gguf_file import NORMALISER_KEY
 from advisor.running import Running, Said, avoid_amx
 
 HOST = "127.0.0.1"
+_PAGES = {"/docs", "/redoc"}
+"""The library's pages for browsers, which load scripts from elsewhere."""
 _NAMES = [HOST, "localhost", "[::1]", "testserver"]
 
 
@@ -100,6 +104,7 @@ def _app(gguf: Path, running: Running, adapters: dict[Path, float], api_key: str
         type_k=kind, type_v=kind, flash_attn=running.flash_attention, logits_all=False, use_mlock=False,
         verbose=False,
     )  # fmt: skip
+    os.environ.pop("CONFIG_FILE", None)  # of another program: the library would serve what it names
     settings = ServerSettings(api_key=api_key, interrupt_requests=False)
     try:
         app = server.create_app(server_settings=settings, model_settings=[model])
@@ -110,29 +115,88 @@ def _app(gguf: Path, running: Running, adapters: dict[Path, float], api_key: str
         ) from problem
     # The library lets any web page that is open in a browser ask; nobody needs that here.
     app.user_middleware = [one for one in app.user_middleware if one.cls is not CORSMiddleware]
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=_NAMES)
     loaded = server._llama_proxy(None)
     if adapters:
         Adapters(loaded, said).use(adapters)
-    if loaded.metadata.get(NORMALISER_KEY) == "NFC":
-        _compose(loaded)
+    app.add_middleware(_Requests, compose=loaded.metadata.get(NORMALISER_KEY) == "NFC")
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=_NAMES)
     return app, loaded
 
 
-def _compose(model: Any) -> None:
-    """Compose accents in what is said before the model sees it, as its trained tokenizer does."""
-    from llama_cpp.llama_chat_format import get_chat_completion_handler
+class _Requests:
+    """Reads what a client sends before the library does, which knows text in one piece alone and answers
+    anything else with status 500 and a traceback on the terminal."""
 
-    inner = model._chat_handlers.get(model.chat_format) or get_chat_completion_handler(model.chat_format)
+    def __init__(self, app: Any, *, compose: bool) -> None:
+        self._app = app
+        self._compose = compose
 
-    def handler(*, messages: list[dict[str, Any]], **more: Any) -> Any:
-        composed = [
-            {
-                key: unicodedata.normalize("NFC", text) if isinstance(text, str) else text
-                for key, text in m.items()
-            }
-            for m in messages
-        ]
-        return inner(messages=composed, **more)
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.requests import Request
+        from starlette.responses import JSONResponse, Response
 
-    model.chat_handler = handler
+        if scope["type"] == "http" and scope["path"] in _PAGES:
+            await Response(status_code=404)(scope, receive, send)
+            return
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            sent = _understood(await Request(scope, receive).body(), scope["path"], compose=self._compose)
+        except ValueError as problem:
+            told = {"message": str(problem), "type": "invalid_request_error", "param": None, "code": None}
+            await JSONResponse({"error": told}, status_code=400)(scope, receive, send)
+            return
+        headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
+        parts = [{"type": "http.request", "body": sent, "more_body": False}]
+
+        async def again() -> Any:
+            return parts.pop() if parts else await receive()
+
+        await self._app(
+            {**scope, "headers": [*headers, (b"content-length", str(len(sent)).encode())]}, again, send
+        )
+
+
+def _understood(body: bytes, path: str, *, compose: bool) -> bytes:
+    """Return a request as the library takes it: texts in one piece, accents composed where the trained
+    tokenizer does so.
+
+    Raises:
+        ValueError: it is none, with what is wrong in it.
+    """
+    from llama_cpp.server import types
+    from pydantic import ValidationError
+
+    kinds = {
+        "/v1/chat/completions": types.CreateChatCompletionRequest,
+        "/v1/completions": types.CreateCompletionRequest,
+    }
+    try:
+        asked = json.loads(body)
+    except ValueError:
+        raise ValueError("The request is no JSON.") from None
+    if path not in kinds or not isinstance(asked, dict):
+        return body
+    messages = asked.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict):
+            text = _in_one_piece(message.get("content"))
+            composed = compose and isinstance(text, str)
+            message["content"] = unicodedata.normalize("NFC", text) if composed else text
+    try:
+        kinds[path].model_validate(asked)
+    except ValidationError as problem:
+        first = problem.errors(include_input=False, include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+    return json.dumps(asked).encode()
+
+
+def _in_one_piece(content: Any) -> Any:
+    """Join text that a client sends in parts, as OpenAI's interface allows."""
+    if not isinstance(content, list):
+        return content
+    kinds = [part.get("type") if isinstance(part, dict) else part for part in content]
+    if wrong := [kind for kind in kinds if kind != "text"]:
+        raise ValueError(f"This model reads text alone; the message has a part of type {wrong[0]!r}.")
+    return "".join(str(part.get("text", "")) for part in content)

@@ -7,8 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -54,6 +57,7 @@ def address(gguf: Path) -> Iterator[str]:
         yield told["url"]
         child.send_signal(signal.SIGINT)
         assert child.wait(20) == 130
+        assert "Traceback" not in child.stderr.read().decode()
 
 
 def test_openai_client_is_answered_as_chat_answers(address: str, gguf: Path) -> None:
@@ -69,6 +73,35 @@ def test_openai_client_is_answered_as_chat_answers(address: str, gguf: Path) -> 
         pieces = client.chat.completions.create(**given, stream=True)
         assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected
         assert [model.id for model in client.models.list()] == [gguf.stem]
+
+
+def test_what_clients_send_is_understood_or_refused_in_words(address: str, gguf: Path) -> None:
+    """Text in parts is one text; what is no text, no list of messages, no JSON is an error of the caller."""
+    with openai.OpenAI(base_url=address, api_key="key", max_retries=0) as client:
+
+        def ask(content: object) -> str | None:
+            asked: list[Any] = [{"role": "user", "content": content}]
+            answer = client.chat.completions.create(
+                model=gguf.stem, messages=asked, max_tokens=8, temperature=0
+            )
+            return answer.choices[0].message.content
+
+        parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+        assert ask(parts) == ask("Hello")
+        with pytest.raises(openai.BadRequestError, match="a part of type 'image_url'"):
+            ask([{"type": "image_url", "image_url": {"url": "data:,"}}])
+        with pytest.raises(openai.BadRequestError, match="messages: Input should be a valid list"):
+            client.chat.completions.create(model=gguf.stem, messages="secret")
+        with pytest.raises(openai.BadRequestError, match="context length is 512 tokens"):
+            ask("word " * 4000)
+    for page, content, status in (("/v1/chat/completions", b"no json", 400), ("/docs", None, 404)):
+        asked = urllib.request.Request(
+            address.removesuffix("/v1") + page, content, {"Authorization": "Bearer key"}
+        )
+        with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(asked):
+            pass
+        assert refused.value.code == status
+        refused.value.close()
 
 
 def test_only_those_with_the_key_on_this_machine_are_answered(address: str) -> None:
