@@ -78,6 +78,11 @@ class CalibrationAnswer(msgspec.Struct, frozen=True, kw_only=True):
 )
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=True, show_default=True)
 @click.option("--precision", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
+@click.option(
+    "--weight-bits",
+    type=click.Choice(["4", "8", "16", "32"]),
+    help="Of a stored weight of the base; by default 4 for qlora, 32 in fp32, else 16.",
+)
 @click.option("--optimizer", default="adamw_torch", show_default=True)
 @click.option("--lora-r", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option(
@@ -87,6 +92,9 @@ class CalibrationAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--loss", type=click.Choice(["full_logits", "chunked"]), default="chunked", show_default=True)
 @click.option("--virtual-tokens", type=click.IntRange(min=1), help="Of prompt, prefix and p-tuning.")
 @click.option("--bottleneck", type=click.IntRange(min=1), help="Width of bottleneck adapters.")
+@click.option("--generations", type=click.IntRange(min=1), help="Answers written together (rloo, grpo).")
+@click.option("--completion-tokens", type=click.IntRange(min=1), help="Of one such answer.")
+@click.option("--classes", type=click.IntRange(min=1), help="Of a classifier head.")
 @click.option("--packed", is_flag=True, help="Several rows in one sequence.")
 @click.option("--autocast/--no-autocast", default=True, show_default=True, help="As trainers have it.")
 @click.option("--adapter-bits", type=click.Choice(["16", "32"]), default="32", show_default=True)
@@ -122,6 +130,7 @@ def estimate(
     *,
     calibration: bool,
     precision: Precision,
+    weight_bits: str | None,
     engine: str,
     adapter_bits: str,
     hardware: str | None,
@@ -142,7 +151,7 @@ def estimate(
     }
     settings = MemorySettings(
         precision=precision,
-        weight_bits=4 if method == "qlora" else 32 if precision == "fp32" else 16,
+        weight_bits=_weight_bits(weight_bits, method, precision),
         adapter_bits=32 if adapter_bits == "32" else 16,
         **given,
     )
@@ -188,6 +197,23 @@ def _calibration(*, as_json: bool) -> None:
 
     kept = f"Kept in {place}: delete it to forget, copy it to share. Nothing is sent." if place else ""
     print_text(draw(errors), kept or "Nothing is kept: FTADVISOR_CALIBRATION is empty.")
+
+
+def _weight_bits(asked: str | None, method: str, precision: Precision) -> Literal[4, 8, 16, 32]:
+    """Bits of a stored weight: as asked, else by method and precision.
+
+    Raises:
+        UsageError: all weights are to be trained, and they are quantised.
+    """
+    bits: dict[str, Literal[4, 8, 16, 32]] = {"4": 4, "8": 8, "16": 16, "32": 32}
+    if asked in ("4", "8") and method == "full":
+        raise UsageError(
+            f"--weight-bits {asked}: quantised weights cannot all be trained.",
+            "--method qlora, or 16 or 32 bits",
+        )
+    if asked is not None:
+        return bits[asked]
+    return 4 if method == "qlora" else 32 if precision == "fp32" else 16
 
 
 def _tuner(method: str, knowledge: Knowledge) -> dict[str, Any]:

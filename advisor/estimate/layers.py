@@ -55,12 +55,22 @@ class Layout(Record, frozen=True, kw_only=True):
     other: int
     """Entries that the model has beyond those above (experts of a mixture, unknown parts)."""
     exact: bool
+    experts: bool = False
+    """A mixture: its MLP stands for the experts that one token passes, `other` holds the rest of them."""
     note: str = ""
 
     @property
     def block_weights(self) -> int:
-        """Matrix entries of one block: what 4-bit loading quantises."""
+        """Matrix entries of one block."""
         return sum(linear.weights for linear in self.linears)
+
+    @property
+    def quantised_weights(self) -> int:
+        """Matrix entries that loading in 4 or 8 bits quantises: single layers, so no experts, which the model
+        library keeps together in one tensor."""
+        if self.experts:
+            return self.blocks * sum(one.weights for one in self.linears if one.name in ATTENTION)
+        return self.blocks * self.block_weights + self.other
 
     @property
     def block_biases(self) -> int:
@@ -94,7 +104,9 @@ def layout(spec: ModelSpec) -> Layout:
     if not unknown:
         return plain
     other = max(0, spec.parameters - plain.parameters)
-    return msgspec.structs.replace(plain, other=other, exact=False, note="; ".join(unknown))
+    return msgspec.structs.replace(
+        plain, other=other, exact=False, experts=bool(spec.shape.experts), note="; ".join(unknown)
+    )
 
 
 def _llama(spec: ModelSpec) -> Layout:

@@ -168,6 +168,8 @@ def _width(case: Case) -> tuple[float, float]:
 def _notes(case: Case) -> tuple[str, ...]:
     settings, tuner = case.settings, tuner_name(case.settings.tuner)
     notes = [*settings.unknown, *([case.plan.note] if case.plan.note else [])]
+    if case.plan.experts and settings.weight_bits < 16:
+        notes.append("the experts stay in 16 bits: only single layers are quantised, and they are one tensor")
     if settings.stated is not None and act.mixed(settings):
         notes.append(
             f"what {tuner} keeps was read off a loop without autocast; under it the casts are not known"

@@ -36,10 +36,11 @@ def trained_bytes(settings: MemorySettings) -> int:
 
 
 def weight_total(plan: Layout, settings: MemorySettings, rules: Rules) -> int:
-    """Bytes of the base weights over all devices; embeddings, output matrix and norms are never quantised."""
+    """Bytes of the base weights over all devices; embeddings, output matrix, norms and experts are never
+    quantised."""
     if settings.weight_bits in (16, 32):
         return plan.parameters * settings.weight_bits // 8
-    quantised = plan.blocks * plan.block_weights + plan.other
+    quantised = plan.quantised_weights
     return round(quantised * _quantised_bytes(settings, rules)) + (plan.parameters - quantised) * 2
 
 

@@ -58,6 +58,11 @@ def licence(case: Case, knowledge: Knowledge) -> Values:
     return None
 
 
+def model_partly_unknown(case: Case, knowledge: Knowledge) -> Values:
+    """The files of the model say what is not known here, or leave something open."""
+    return {"detail": "; ".join(case.spec.unknown)} if case.spec is not None and case.spec.unknown else None
+
+
 def gated(case: Case, knowledge: Knowledge) -> Values:
     """The weights need accepted terms."""
     return {} if case.spec is not None and case.spec.gated else None
@@ -193,7 +198,7 @@ CHECKS = tuple(
     (check.__name__, check)
     for check in (
         out_of_scope, prompt_baseline_first, method_changed, method_impossible,
-        closed_weights, use_unquantized_base, licence, gated,
+        closed_weights, use_unquantized_base, licence, gated, model_partly_unknown,
         does_not_fit, no_bias_terms, scale_effect, lower_lr_than_sft, reward_hacking, generation_cost,
         merge_before_gguf, quality_loss_low_bit, cannot_export, tokenizer_without_gguf, override_out_of_range,
     )

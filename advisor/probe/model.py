@@ -196,6 +196,7 @@ def _spec(
         model_type=facts.model_type,
         shape=facts.shape,
         parameters=facts.parameters,
+        active_parameters=facts.active_parameters,
         context_tokens=facts.context_tokens,
         fp16_safe=facts.rule.fp16_safe,
         gguf_architecture=facts.rule.gguf,

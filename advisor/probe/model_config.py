@@ -19,6 +19,10 @@ POSITIONS = 2048
 """Context of a model that does not say it."""
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Fields that say how many experts each block has."""
+PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "top_k_experts", "moe_topk")
+"""Fields that say how many of them a token passes."""
+SENSES = ("vision_config", "audio_config")
+"""Parts of a model that also sees or hears."""
 
 
 class ArchitectureRule(Record, frozen=True, kw_only=True):
@@ -53,6 +57,8 @@ class ConfigFacts(Record, frozen=True, kw_only=True):
     rule: ArchitectureRule
     shape: ModelShape
     parameters: int
+    active_parameters: int | None = None
+    """Parameters that a token passes, where they are not all."""
     context_tokens: int
     dtype: str
     text_part: bool = False
@@ -86,19 +92,51 @@ def read_config(
     inner: Config = {**config, **text} if isinstance(text, dict) else config
     key = _key(config, inner, tables, where, like)
     rule = _converted(key, tables[key])
-    shape = _shape(inner, rule, where)
-    parameters = count_parameters(shape, rule, positions=_positions(inner, rule, where))
+    unknown = _unknown(config, inner, rule, key, tables)
+    try:
+        shape = _shape(inner, rule, where)
+    except ModelError as problem:
+        if like is None or not any(" is not known: " in one for one in unknown):
+            raise
+        raise _uncountable(unknown[0], problem) from problem
+    dense = count_parameters(shape, rule, positions=_positions(inner, rule, where))
+    mixture = _mixture(inner, shape, rule, where)
+    parameters = dense + mixture.parameters(shape)
+    if mixture.experts:
+        shape = msgspec.structs.replace(
+            shape, experts=mixture.experts, experts_per_token=mixture.per_token, intermediate=mixture.passed
+        )
     return ConfigFacts(
         architecture=_named(config) or key,
         model_type=str(inner.get("model_type", rule.model_types[0])),
         rule=rule,
         shape=shape,
-        parameters=parameters + _of_experts(inner, shape, rule, where),
+        parameters=parameters,
+        active_parameters=parameters - mixture.idle(shape) if mixture.experts else None,
         context_tokens=_positions(inner, rule, where),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or inner.get("dtype") or "float32"),
         text_part=isinstance(text, dict),
-        unknown=_unknown(config, inner, rule, key, tables),
+        unknown=(*unknown, *_senses(config)),
     )
+
+
+def _uncountable(unknown: str, problem: ModelError) -> ModelError:
+    """Of an architecture that is not known, and whose fields are not those it would be counted by."""
+    what, _, counted = unknown.partition(": counted as ")
+    missing = problem.message.rpartition(": ")[2]
+    return ModelError(
+        f"{what[0].upper()}{what[1:]}, and its config.json cannot be counted as {counted}: {missing}",
+        "No estimate can be made of it. Known architectures: ftadvisor explain models",
+        code="unknown_architecture",
+    )
+
+
+def _senses(config: Config) -> tuple[str, ...]:
+    """Say which parts of the model are not described."""
+    parts = [name for name in SENSES if config.get(name)]
+    if not parts:
+        return ()
+    return (f"the model also sees or hears ({', '.join(parts)}): only its text part is counted",)
 
 
 def _named(config: Config) -> str:
@@ -111,8 +149,10 @@ def _key(config: Config, inner: Config, tables: Mapping[str, Any], where: str, l
     given, model_type = _named(config), str(inner.get("model_type", ""))
     if given in tables:
         return given
+    whole = str(config.get("model_type", model_type))
     for key, table in tables.items():
-        if model_type in table["model_types"]:
+        strange = config is not inner and whole not in table["model_types"]
+        if model_type in table["model_types"] and not (strange and like is None):
             return key
     if like is not None:
         return like
@@ -135,6 +175,8 @@ def _unknown(
         found.append(
             f"the architecture {given or model_type or '(not named)'} is not known: counted as {key}"
         )
+    elif given not in ("", key) and str(config.get("model_type", "")) not in tables[key]["model_types"]:
+        found.append(f"the architecture {given} is not known: its text part is counted as {key}")
     elif given not in ("", key) and "text_config" not in config:
         found.append(f"the class {given} is not known: counted as {key}, by its model_type")
     if own := config.get("auto_map"):
@@ -151,28 +193,69 @@ def _unknown(
     return tuple(found)
 
 
-def _experts(config: Config) -> int:
-    found = next((int(config[name]) for name in EXPERTS if isinstance(config.get(name), int)), 0)
-    return found if found > 1 else 0
+class Mixture(Record, frozen=True, kw_only=True):
+    """The experts of a model; `experts` is 0 where it has none."""
+
+    experts: int = 0
+    per_token: int = 0
+    width: int = 0
+    """Intermediate width of one expert."""
+    shared: int = 0
+    """Width of what every token passes beside them."""
+    blocks: int = 0
+    """Blocks that have experts; the others are dense."""
+    dense: int = 0
+    """Intermediate width of a dense block."""
+
+    @property
+    def passed(self) -> int:
+        """Intermediate width that a token passes in a block with experts."""
+        return self.per_token * self.width + self.shared
+
+    def parameters(self, shape: ModelShape) -> int:
+        """Parameters beyond those of a model whose blocks are all dense; three matrices an expert."""
+        if not self.experts:
+            return 0
+        wider = self.experts * self.width + self.shared - self.dense
+        return self.blocks * shape.hidden * (3 * wider + self.experts)  # a row of the router an expert
+
+    def idle(self, shape: ModelShape) -> int:
+        """Parameters that a token does not pass."""
+        return 3 * self.blocks * shape.hidden * (self.experts - self.per_token) * self.width
 
 
-def _of_experts(config: Config, shape: ModelShape, rule: ArchitectureRule, where: str) -> int:
-    """Return the parameters of all experts, each with three matrices; what one block shares counts as dense.
+def _mixture(config: Config, shape: ModelShape, rule: ArchitectureRule, where: str) -> Mixture:
+    """Return the experts that the fields describe.
 
     Raises:
         ModelError: there are experts, in fields that are not known.
     """
-    strange = [
-        name for name, value in config.items() if "expert" in name and value not in (None, False, 0, 1)
-    ]
-    if strange and not shape.experts:
+    experts = next((int(config[name]) for name in EXPERTS if isinstance(config.get(name), int)), 0)
+    if experts < 2:
+        strange = [
+            name for name, value in config.items() if "expert" in name and value not in (None, False, 0, 1)
+        ]
+        if not strange:
+            return Mixture()
         raise ModelError(
             f"{where}: it has experts ({', '.join(strange)}), and how many is not known.",
             f"Known fields: {', '.join(EXPERTS)}.",
             code="unknown_architecture",
         )
+    per_token = next((int(config[name]) for name in PER_TOKEN if isinstance(config.get(name), int)), experts)
     width = _integer(config, rule, "moe_intermediate_size", where, shape.intermediate)
-    return 3 * shape.layers * shape.experts * shape.hidden * width
+    beside = config.get("shared_expert_intermediate_size") or width * int(config.get("n_shared_experts") or 0)
+    return Mixture(
+        experts=experts, per_token=min(per_token, experts), width=width, shared=int(beside),
+        blocks=_blocks_with_experts(config, shape.layers), dense=shape.intermediate,
+    )  # fmt: skip
+
+
+def _blocks_with_experts(config: Config, layers: int) -> int:
+    """Count them: DeepSeek's first ones are dense, Qwen's are by a list and by every n-th."""
+    every, plain = int(config.get("decoder_sparse_step") or 1), set(config.get("mlp_only_layers") or ())
+    first = int(config.get("first_k_dense_replace") or 0)
+    return sum(n >= first and n not in plain and (n + 1) % every == 0 for n in range(layers))
 
 
 def _converted(key: str, table: object) -> ArchitectureRule:
@@ -208,6 +291,13 @@ def _shape(config: Config, rule: ArchitectureRule, where: str) -> ModelShape:
     hidden = _integer(config, rule, "hidden_size", where)
     heads = _integer(config, rule, "num_attention_heads", where)
     layers = _integer(config, rule, "num_hidden_layers", where)
+    key_heads = _integer(config, rule, "num_key_value_heads", where, heads)
+    if heads % key_heads:
+        raise ModelError(
+            f"{where}: {heads} attention heads cannot share {key_heads} key and value heads evenly.",
+            "Take config.json from the original model.",
+            code="bad_config",
+        )
     times = rule.intermediate_times
     window, full = _window(config, rule, layers)
     return ModelShape(
@@ -215,7 +305,7 @@ def _shape(config: Config, rule: ArchitectureRule, where: str) -> ModelShape:
         hidden=hidden,
         intermediate=_integer(config, rule, "intermediate_size", where, times * hidden if times else None),
         heads=heads,
-        kv_heads=_integer(config, rule, "num_key_value_heads", where, heads),
+        kv_heads=key_heads,
         head_dim=_integer(config, rule, "head_dim", where, rule.head_dim or hidden // heads),
         vocab=_integer(config, rule, "vocab_size", where),
         tied=bool(config.get("tie_word_embeddings", rule.tied)),
@@ -223,7 +313,6 @@ def _shape(config: Config, rule: ArchitectureRule, where: str) -> ModelShape:
         mlp_bias=_switch(config, rule.mlp_bias),
         sliding_window=window,
         full_attention_layers=full,
-        experts=_experts(config),
     )
 
 

@@ -186,6 +186,30 @@ def packages(versions: dict[str, str]) -> RenderableType:
     return Group(Rule("Packages", align="left", style="quiet"), Text(text))
 
 
+def model(spec: ModelSpec) -> RenderableType:
+    """Draw what is known of a model, what is not, and what is wrong with it."""
+    size = f"{format_count(spec.parameters)} weights"
+    if spec.active_parameters:
+        size += f", {format_count(spec.active_parameters)} used for each token"
+    template = "yes" if spec.has_chat_template else "none"
+    rows: list[tuple[str, RenderableType]] = [
+        ("Architecture", spec.architecture or spec.model_type),
+        ("Size", f"{size}, {spec.shape.layers} blocks of width {spec.shape.hidden:,}"),
+        ("Context", f"{spec.context_tokens:,} tokens"),
+        ("Chat template", template),
+        ("Licence", spec.licence or "not known"),
+        ("Known from", spec.source),
+    ]
+    body: list[RenderableType] = [
+        Rule(f"Model: {spec.id}", align="left", style="quiet"), pairs(rows),
+    ]  # fmt: skip
+    if spec.unknown:
+        body += [Text("Not known, so estimates are wider:", style="key"), bullets(spec.unknown)]
+    if spec.findings:
+        body.append(findings(spec.findings))
+    return Group(*body)
+
+
 def dataset(profile: DatasetProfile) -> RenderableType:
     """Draw what a dataset holds and what is wrong with it."""
     how = "counted with the model's tokenizer" if profile.tokens_measured else "estimated from characters"

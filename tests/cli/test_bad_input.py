@@ -118,6 +118,20 @@ def test_unknown_architecture(tmp_path: Path, model: Path) -> None:
     _assert_error(_plan(tmp_path, "--model", str(model), "--data", "data.json"), 1, "StrangeFor", "LlamaFor")
 
 
+def test_code_of_the_models_own_is_said(tmp_path: Path, model: Path) -> None:
+    """Looking at a model and planning with it both say that it brings code which was not read."""
+    config = json.loads((model / "config.json").read_text())
+    own = {"AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}
+    (model / "config.json").write_text(json.dumps({**config, "auto_map": own}))
+    (tmp_path / "data.json").write_text(json.dumps([{**GOOD, "output": f"Hello {n}"} for n in range(60)]))
+    looked = ftadvisor("inspect", "--model", str(model), "--offline", cwd=tmp_path)
+    assert "modeling_odd" in looked.stdout, looked.stderr
+    made = _plan(tmp_path, "--model", str(model), "--data", "data.json", "--dry-run", "--json")
+    warnings = {one["code"]: one["message"] for one in json.loads(made.stdout)["warnings"]}
+    assert "modeling_odd" in warnings["model_partly_unknown"]
+    _assert_error(ftadvisor("inspect", cwd=tmp_path), 2, "--model")
+
+
 def test_gguf_as_base(tmp_path: Path) -> None:
     """A GGUF cannot be trained; the original weights are asked for."""
     (tmp_path / "base.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(64))

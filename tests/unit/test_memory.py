@@ -219,6 +219,17 @@ def test_an_unknown_layout_is_said_and_widens_the_band() -> None:
         assert ratio > known.allocated_bytes.high / known.allocated_bytes.expected
 
 
+def test_experts_are_not_quantised() -> None:
+    """Only single layers are stored in 4 bits; experts are one tensor and stay in 16, which is said."""
+    mixture = spec(parameters=900_000, experts=8)
+    dense = layout(mixture)
+    whole, quantised = (estimate(mixture, weight_bits=bits) for bits in (16, 4))
+    weights = [next(part.bytes for part in one.parts if part.name == "weights") for one in (whole, quantised)]
+    assert weights[0] - weights[1] == pytest.approx(1.5 * dense.quantised_weights, rel=0.03)
+    assert dense.quantised_weights < dense.blocks * dense.block_weights
+    assert any("experts stay in 16 bits" in note for note in quantised.notes)
+
+
 def test_an_unknown_tuner_is_an_error_that_names_the_nearest() -> None:
     """A wrong tuner is refused with the right one."""
     with pytest.raises(UnknownNameError, match="lora"):

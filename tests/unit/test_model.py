@@ -230,8 +230,9 @@ def test_weights_of_another_model_are_noticed(tiny: Path, knowledge: Knowledge) 
         ({"auto_map": {"AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}}, ("modeling_odd",)),
         ({"num_key_value_heads": ...}, ("num_key_value_heads is not given",)),
         ({"max_position_embeddings": ...}, ("max_position_embeddings is not given: 2,048 counted",)),
+        ({"vision_config": {"hidden_size": 8}}, ("sees or hears (vision_config)",)),
     ],
-    ids=["all known", "class", "architecture", "nothing named", "own code", "key heads", "context"],
+    ids=["all known", "class", "architecture", "nothing named", "own code", "key heads", "context", "senses"],
 )
 def test_what_is_not_known_is_said(
     tiny: Path, knowledge: Knowledge, changes: dict[str, Any], words: tuple[str, ...]
@@ -245,14 +246,15 @@ def test_what_is_not_known_is_said(
 
 
 def test_experts_are_counted_or_refused(tiny: Path, knowledge: Knowledge) -> None:
-    """A dense family with experts is larger by them; experts in unknown fields are an error."""
+    """Experts take the place of the dense MLP, with a router; in unknown fields they are an error."""
     file = tiny / "config.json"
     dense = read_model(str(file), knowledge=knowledge)
-    _edit(file, num_local_experts=8)
+    _edit(file, num_local_experts=8, num_experts_per_tok=2)
     mixture, shape = read_model(str(file), knowledge=knowledge), dense.shape
-    experts = 8 * 3 * shape.layers * shape.hidden * shape.intermediate
-    assert mixture.parameters - dense.parameters == experts
-    assert mixture.shape.experts == 8
+    one = 3 * shape.layers * shape.hidden * shape.intermediate
+    assert mixture.parameters - dense.parameters == 7 * one + 8 * shape.layers * shape.hidden
+    assert mixture.active_parameters == mixture.parameters - 6 * one
+    assert (mixture.shape.experts, mixture.shape.intermediate) == (8, 2 * shape.intermediate)
     for changes, word in (
         ({"moe_intermediate_size": [8]}, "moe_intermediate_size"),
         ({"num_local_experts": ..., "moe_intermediate_size": ..., "expert_groups": 8}, "expert_groups"),
@@ -261,6 +263,36 @@ def test_experts_are_counted_or_refused(tiny: Path, knowledge: Knowledge) -> Non
         _edit(file, **changes)
         with pytest.raises(ModelError, match=word):
             read_model(str(file), knowledge=knowledge)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameters"),
+    [
+        (
+            {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000,
+             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+             "num_local_experts": 8, "num_experts_per_tok": 2},
+            46_702_792_704,
+        ),
+        (
+            {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "vocab_size": 151936,
+             "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+             "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+             "mlp_only_layers": [], "decoder_sparse_step": 1},
+            30_532_122_624,
+        ),
+    ],
+    ids=["Mixtral 8x7B", "Qwen3 30B-A3B"],
+)  # fmt: skip
+def test_mixtures_have_the_size_that_their_makers_state(
+    tmp_path: Path, knowledge: Knowledge, fields: dict[str, Any], parameters: int
+) -> None:
+    """Counted like Llama with experts, two well-known mixtures come within a thousandth of their size."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**fields, "tie_word_embeddings": False}))
+    spec = read_model(str(file), like="LlamaForCausalLM", knowledge=knowledge)
+    assert spec.parameters == pytest.approx(parameters, rel=1e-3)
+    assert any("is not known" in one for one in spec.unknown)
 
 
 def _adapter(folder: Path) -> str:
@@ -290,6 +322,13 @@ def _unknown(folder: Path) -> str:
     return str(folder)
 
 
+def _seeing(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    whole = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": config}
+    (folder / "config.json").write_text(json.dumps(whole))
+    return str(folder)
+
+
 def _broken(folder: Path) -> str:
     (folder / "config.json").write_text("{")
     return str(folder)
@@ -316,6 +355,7 @@ BAD: dict[str, tuple[Any, str, str, str]] = {
     "gguf folder": (_gguf_folder, "use_unquantised_base", "is a GGUF file", "original model"),
     "gptq": (_quantised, "use_unquantised_base", r"quantised \(gptq\)", "16-bit"),
     "architecture": (_unknown, "unknown_architecture", "LamaForCausalLM.*Nearest: LlamaForCausalLM", "Qwen3"),
+    "sees": (_seeing, "unknown_architecture", "LlavaForConditionalGeneration is not known", "estimate"),
     "broken config": (_broken, "model", "not valid JSON", "original"),
     "field missing": (_no_width, "bad_config", "hidden_size must be a positive whole number", "config.json"),
     "no config": (_no_config, "incomplete_model", "has no config.json", "safetensors"),
