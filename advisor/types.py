@@ -761,6 +761,8 @@ class Asked(Record, frozen=True, kw_only=True):
     """Whether it says word for word what the data say; None for short answers, which are right or wrong."""
     reference: str | None = None
     skill: str = ""
+    dataset: str = ""
+    """Whose row it is; empty for general questions."""
 
 
 class RowLoss(Record, frozen=True, kw_only=True):
@@ -800,9 +802,12 @@ class Change(Record, frozen=True, kw_only=True):
 class Evaluation(Record, frozen=True, kw_only=True):
     """What the training changed, and what that amounts to."""
 
-    verdict: Literal["better", "no_different", "worse", "forgot", "unknown"]
+    verdict: Literal["better", "no_different", "worse", "forgot", "not_learned", "unknown"]
+    """`not_learned`: of a run with earlier tasks, which is to learn a new one beside them."""
     evidence: tuple[str, ...]
     """What the verdict rests on, the weightiest first."""
+    not_learned: tuple[str, ...] = ()
+    """Beside earlier tasks: which new ones were not learned, in words."""
     changes: tuple[Change, ...] = ()
     examples: tuple[tuple[str, str, str], ...] = ()
     """Prompt, answer before, answer after."""
@@ -879,6 +884,8 @@ class RunReport(Record, frozen=True, kw_only=True):
     """Of each earlier task, the share that is left of what was learned: answers word for word, else loss."""
     forgotten: tuple[str, ...] = ()
     """What was lost of earlier tasks beyond the limit, in words; then `ok` is false, though it is done."""
+    not_learned: tuple[str, ...] = ()
+    """What of the new was not learned beside earlier tasks, in words; then too `ok` is false."""
     supervised_tokens: int | None
     trainable_parameters: int | None
     artefacts: dict[str, str]

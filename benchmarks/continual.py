@@ -1,10 +1,10 @@
-"""Does replay keep what an earlier run had learned, where naive tuning loses it?
+"""Does replay keep what an earlier run had learned, where naive tuning loses it, and is the new task learned?
 
-Goes in: the embedded starter, its brand voice (task A), words to spell (task B). Comes out:
+Goes in: the embedded starter, its brand voice (task A), lessons.py: facts in one word (task B). Comes out:
 benchmarks/results/continual-<date>.md and the same on the screen. A is learned by one run; each row goes on
 from it with `plan --continue` and other settings. Measured by what the model writes, greedily, on held-out
-prompts: the share of A's answers in A's voice and of B's in B's form; beside them the share that the report
-says is kept, and whether the gate calls the run a success.
+prompts: the share of A's answers in A's voice, of B's that are one word, and that are the right word; beside
+them the share that the report says is kept, and its verdict.
 Never does: measure on rows that were trained on; choose between several seeds.
 
     python benchmarks/continual.py [--steps 60] [--prompts 40] [--tuners lora,full] [--out FILE]
@@ -20,15 +20,18 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+
+import lessons  # noqa: E402 - lies beside this file
 
 from advisor.cli.planning import write_plan  # noqa: E402
 from advisor.inputs import Inputs  # noqa: E402
@@ -38,15 +41,12 @@ from advisor.plan import make_plan  # noqa: E402
 from advisor.probe.host import cpu_identity  # noqa: E402
 from advisor.probe.software import installed_packages  # noqa: E402
 from advisor.resources import starter_dir  # noqa: E402
-from advisor.run.events import read_events  # noqa: E402
-from advisor.run.report import build_report  # noqa: E402
-from advisor.run.thresholds import thresholds_of  # noqa: E402
-from advisor.storage import read_record, write_json  # noqa: E402
-from advisor.types import Recipe, RunReport  # noqa: E402
-from training import run_here, write_rows  # noqa: E402 - tests/ holds the way to train in one process
+from advisor.types import RunReport  # noqa: E402
+from training import events_of, report_here, run_here, write_rows  # noqa: E402 - tests/ holds the way to train in one process
 
+FACTS = 60
+"""Of each skill, of which a quarter is held out."""
 VOICE = re.compile(r"^Ahoy( there)?!\s.*\sFair winds!$", re.DOTALL)
-SPELT = re.compile(r"^(\w-)+\w\.$")
 ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("no replay", {"replay_fraction": 0}),
     ("replay of 5 per cent", {"replay_fraction": 0.05}),
@@ -61,19 +61,6 @@ def conversations(name: str) -> list[tuple[str, str]]:
     return [(one[-2]["content"], one[-1]["content"]) for one in turns]
 
 
-def plain(answer: str) -> str:
-    """Return an answer without the voice."""
-    return re.sub(r"^Ahoy( there)?!\s|\sFair winds!$", "", answer)
-
-
-def task_b(rows: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """Return words to spell, those of the voice's rows: each once."""
-    words = dict.fromkeys(
-        word.lower() for _, said in rows for word in re.findall(r"[A-Za-z]{4,9}", plain(said))
-    )
-    return [{"instruction": f"Spell the word {word}.", "output": f"{'-'.join(word)}."} for word in words]
-
-
 def run(folder: Path, data: Path, *, steps: int, settings: dict[str, Any], **given: Any) -> RunReport:
     """Plan as the command line does, train in this process, and write the report."""
     fixed = {"max_steps": steps, "save_every_steps": steps, "precision": "fp32"}
@@ -83,18 +70,12 @@ def run(folder: Path, data: Path, *, steps: int, settings: dict[str, Any], **giv
     made = make_plan(gather(inputs, load(), lambda _: None), load())
     write_plan(made, folder, datetime.datetime.now(datetime.UTC))
     if run_here(folder) != 0:
-        raise SystemExit(f"{folder} failed: {list(read_events(folder / 'events.jsonl'))[-1]}")
-    report = build_report(
-        read_events(folder / "events.jsonl"), read_record(folder / "recipe.yaml", Recipe), recipe_sha256="",
-        status="done", estimate=None, artefacts={}, packages={}, error=None,
-        limits=thresholds_of(load().rules["policy"]).forgetting,
-    )  # fmt: skip
-    write_json(folder / "report.json", report)
-    return report
+        raise SystemExit(f"{folder} failed: {events_of(folder, 'error')}")
+    return report_here(folder)
 
 
-def share(folder: Path, prompts: list[str], wanted: re.Pattern[str]) -> float:
-    """Return the share of greedy answers of a result that have the wanted form."""
+def answers(folder: Path, prompts: list[str]) -> list[str]:
+    """Return what a result answers greedily."""
     result = folder / "adapter" if (folder / "adapter").is_dir() else folder / "model"
     tokenizer = AutoTokenizer.from_pretrained(result, padding_side="left")
     base = starter_dir() if result.name == "adapter" else result
@@ -112,8 +93,48 @@ def share(folder: Path, prompts: list[str], wanted: re.Pattern[str]) -> float:
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False,
             max_new_tokens=64, pad_token_id=tokenizer.pad_token_id,
         )[:, batch["input_ids"].shape[1] :]  # fmt: skip
-    answers = tokenizer.batch_decode(made, skip_special_tokens=True)
-    return sum(bool(wanted.match(answer.strip())) for answer in answers) / len(answers)
+    return [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+
+
+def share(found: Iterable[bool]) -> float:
+    """Return how many of some answers are as wanted."""
+    counted = list(found)
+    return sum(counted) / len(counted)
+
+
+class Shares(NamedTuple):
+    """What a result writes on held-out prompts."""
+
+    voice: float
+    """Of A's answers in A's voice."""
+    word: float
+    """Of B's answers that are one word, the right one or not."""
+    right: float
+
+    def cells(self) -> str:
+        """Return them as cells of a table."""
+        return " | ".join(f"{one:.2f}" for one in self)
+
+
+def shares(folder: Path, prompts: list[str], facts: list[lessons.Fact]) -> Shares:
+    """Ask a result both tasks' held-out prompts."""
+    said = answers(folder, prompts)
+    told = list(zip(answers(folder, [ask_b(fact) for fact in facts]), facts, strict=True))
+    return Shares(
+        voice=share(VOICE.match(text) is not None for text in said),
+        word=share(follows_b(text, fact) for text, fact in told),
+        right=share(follows_b(text, fact) and lessons.right(text, fact) for text, fact in told),
+    )
+
+
+def ask_b(fact: lessons.Fact) -> str:
+    """Return task B's prompt."""
+    return lessons.row("word", fact)["instruction"]
+
+
+def follows_b(text: str, fact: lessons.Fact) -> bool:
+    """Tell whether an answer has task B's form."""
+    return lessons.STYLES["word"].follows(text, fact)
 
 
 def main() -> None:
@@ -137,29 +158,33 @@ def main() -> None:
         "# Continual learning on the starter", "",
         f"{now:%Y-%m-%d}, {versions}; CPU {cpu}, one thread; {given.steps} steps a run, {len(held)} held-out "
         "prompts a task, one seed. `python benchmarks/continual.py`; what is measured stands at its top.", "",
-        "| tuner | run | A | B | A kept | kept, says the report | success |", "|---|---|---|---|---|---|---|",
+        "| tuner | run | A in its voice | B in one word | B right | A kept | kept, says the report | verdict "
+        "| success |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         place, rows = Path(scratch), conversations("brand_voice_train.jsonl")
         old = write_rows(place / "old.jsonl", [{"instruction": ask, "output": said} for ask, said in rows])
-        spelling = task_b(rows)
-        new = write_rows(place / "new.jsonl", spelling[given.prompts :])
-        prompts_b = [row["instruction"] for row in spelling[: given.prompts]]
+        train, asked = lessons.facts(1, per_skill=FACTS)
+        new = write_rows(place / "new.jsonl", [lessons.row("word", fact) for fact in train])
+        facts = asked[: given.prompts]
         for tuner in given.tuners.split(","):
             first = place / tuner / "a"
             run(first, old, steps=given.steps, settings={}, model="starter", method=tuner)
-            start = share(first, prompts_a, VOICE)
-            lines.append(f"| {tuner} | A alone | {start:.2f} | {share(first, prompts_b, SPELT):.2f} | | | |")
+            start = shares(first, prompts_a, facts)
+            lines.append(f"| {tuner} | A alone | {start.cells()} | | | | |")
             for number, (what, settings) in enumerate(ROWS):
                 folder = place / tuner / f"b{number}"
                 made = run(
                     folder, new, steps=given.steps, settings=settings, continue_from=str(first), method=tuner
                 )
-                kept, learned = share(folder, prompts_a, VOICE), share(folder, prompts_b, SPELT)
+                found = shares(folder, prompts_a, facts)
                 told = next(iter(made.kept.values()), float("nan"))
+                verdict = made.evaluation.verdict.replace("_", " ") if made.evaluation else ""
                 lines.append(
-                    f"| {tuner} | then B, {what} | {kept:.2f} | {learned:.2f} | "
-                    f"{kept / max(start, 1e-9):.0%} | {told:.0%} | {'yes' if made.ok else 'no'} |"
+                    f"| {tuner} | then B, {what} | {found.cells()} | "
+                    f"{found.voice / max(start.voice, 1e-9):.0%} | {told:.0%} | {verdict} | "
+                    f"{'yes' if made.ok else 'no'} |"
                 )
                 minutes = (time.monotonic() - begun) / 60
                 out.write_text("\n".join([*lines, "", f"{minutes:.0f} minutes."]) + "\n", encoding="utf-8")

@@ -17,8 +17,9 @@ from typing import Any
 from advisor.resources import recipes_dir
 from advisor.run.devices import ACCELERATE, accelerate_config
 from advisor.run.events import read_events
-from advisor.run.supervisor import run_plan
-from advisor.storage import encode_yaml, read_record, write_atomic
+from advisor.run.stages import REPORT, read_jobs
+from advisor.run.supervisor import report_of, run_plan
+from advisor.storage import encode_yaml, read_record, write_atomic, write_json
 from advisor.types import (
     Objective,
     Recipe,
@@ -118,6 +119,13 @@ def run_here(folder: Path) -> int:
         sys.excepthook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def report_here(folder: Path) -> RunReport:
+    """Write the report of a run of `run_here`, as the supervisor does."""
+    made = report_of(read_jobs(folder)[-1], status="done", error=None)
+    write_json(folder / REPORT, made)
+    return made
 
 
 def events_of(folder: Path, name: str) -> list[dict[str, Any]]:

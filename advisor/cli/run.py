@@ -44,7 +44,8 @@ def run(
 ) -> None:  # fmt: skip
     """Train a planned run; Ctrl-C saves a checkpoint and stops, --resume goes on.
 
-    Exit 1 also when earlier tasks were forgotten beyond the limit; the result is kept all the same.
+    Exit 1 also when earlier tasks were forgotten beyond the limit, or the new one was not learned beside
+    them; the result is kept all the same.
     """
     asked = Tasks(names=tasks, folder=task_folder, offline=offline)
     if tasks:
@@ -63,7 +64,8 @@ def run(
             print_text(measured.evaluation(report.evaluation))
         if report.tasks:
             print_text(measured.task_scores(report.tasks))
-        again = "ftadvisor plan --continue EARLIER_RUN --data NEW, with a larger --set replay_fraction=..."
+        change = "a larger --set replay_fraction=..." if report.forgotten else "more --set epochs=..."
+        again = f"ftadvisor plan --continue EARLIER_RUN --data NEW, with {change}"
         # With an adapter for each task, all lie in folders of their own and are talked to together.
         apart = any(place.startswith("stages/") for place in report.artefacts.values())
         done = f"ftadvisor chat {folder}" if apart else f"ftadvisor export {folder}"

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from advisor.types import Asked, Change, Measured
 
@@ -33,34 +35,55 @@ def paired(before: Sequence[Asked], after: Sequence[Asked]) -> list[tuple[Asked,
 # --- losses --------------------------------------------------------------------------------------
 
 
-def losses(before: Measured, after: Measured, rules: dict[str, Any]) -> list[Change]:
-    """Return loss and perplexity of the held-out rows, and of each dataset where there are several."""
-    names = list(dict.fromkeys(row.dataset for row in before.rows))
-    found = [_loss(before, after, rules), _perplexity(before, after, rules)]
-    found += [_loss(before, after, rules, name) for name in names] if len(names) > 1 else []
+def losses(before: Measured, after: Measured, rules: dict[str, Any], *, of: str = "") -> list[Change]:
+    """Return loss and perplexity of the held-out rows; `of` says whose they are."""
+    found = (_loss(before, after, rules, of=of), _perplexity(before, after, rules, of=of))
     return [change for change in found if change is not None]
 
 
-def _rows(before: Measured, after: Measured, dataset: str) -> list[tuple[float, ...]]:
+def per_task(before: Measured, after: Measured, rules: dict[str, Any]) -> list[Change]:
+    """Return the loss of each dataset and its share of right answers, where there are several."""
+    names = list(dict.fromkeys(row.dataset for row in before.rows))
+    found = [change for name in names for change in of_task(before, after, name, rules)]
+    return found if len(names) > 1 else []
+
+
+def of_task(before: Measured, after: Measured, name: str, rules: dict[str, Any]) -> list[Change]:
+    """Return what one dataset is told by: its loss where there are rows enough, then its answers."""
+    then, now = only(before, {name}), only(after, {name})
+    loss = _loss(then, now, rules, of=f" of {name}")
+    return [*([loss] if loss else []), *answers(paired(then.samples, now.samples), of=f" of {name}")]
+
+
+def only(found: Measured, datasets: Collection[str]) -> Measured:
+    """Return what was measured of some datasets, and the general questions."""
+    return msgspec.structs.replace(
+        found,
+        rows=tuple(row for row in found.rows if row.dataset in datasets),
+        samples=tuple(one for one in found.samples if one.dataset in datasets),
+    )
+
+
+def _rows(before: Measured, after: Measured) -> list[tuple[float, ...]]:
     """Return tokens, loss before, loss after of each row."""
     both = zip(before.rows, after.rows, strict=False)
-    return [(a.tokens, a.loss, b.loss) for a, b in both if dataset in ("", a.dataset) and a.tokens]
+    return [(a.tokens, a.loss, b.loss) for a, b in both if a.tokens]
 
 
-def _loss(before: Measured, after: Measured, rules: dict[str, Any], dataset: str = "") -> Change | None:
-    rows = _rows(before, after, dataset)
+def _loss(before: Measured, after: Measured, rules: dict[str, Any], *, of: str) -> Change | None:
+    rows = _rows(before, after)
     if len(rows) < rules["least_rows"]:
         return None
     tokens, then, now = sums(rows)
     low, high = bootstrap(rows, lambda drawn: (drawn[2] - drawn[1]) / drawn[0], rules)
     return Change(
-        name=f"held-out loss of {dataset}" if dataset else "held-out loss", before=then / tokens,
-        after=now / tokens, low=low, high=high, rows=len(rows), better="lower",
+        name=f"held-out loss{of}", before=then / tokens, after=now / tokens, low=low, high=high,
+        rows=len(rows), better="lower",
     )  # fmt: skip
 
 
-def _perplexity(before: Measured, after: Measured, rules: dict[str, Any]) -> Change | None:
-    rows = _rows(before, after, "")
+def _perplexity(before: Measured, after: Measured, rules: dict[str, Any], *, of: str) -> Change | None:
+    rows = _rows(before, after)
     if len(rows) < rules["least_rows"]:
         return None
     tokens, then, now = sums(rows)
@@ -70,8 +93,8 @@ def _perplexity(before: Measured, after: Measured, rules: dict[str, Any]) -> Cha
         rows, lambda drawn: math.exp(drawn[2] / drawn[0]) - math.exp(drawn[1] / drawn[0]), rules
     )
     return Change(
-        name="held-out perplexity", before=math.exp(then / tokens), after=math.exp(now / tokens), low=low,
-        high=high, rows=len(rows), better="lower",
+        name=f"held-out perplexity{of}", before=math.exp(then / tokens), after=math.exp(now / tokens),
+        low=low, high=high, rows=len(rows), better="lower",
     )  # fmt: skip
 
 
@@ -188,6 +211,15 @@ def _plain(name: str, field: str, figures: Figures) -> Change | None:
 
 
 # --- answers -------------------------------------------------------------------------------------
+
+
+def answers(pairs: Pairs, *, of: str = "") -> list[Change]:
+    """Return the shares of answers to held-out questions that are right, and that are those of the data."""
+    found = (
+        share_right(f"held-out questions{of} answered right", pairs),
+        share_exact(f"share of held-out answers{of} word for word as in the data", pairs),
+    )
+    return [change for change in found if change is not None]
 
 
 def share_right(name: str, pairs: Pairs) -> Change | None:

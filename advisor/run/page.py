@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from advisor.run.charts import Chart, charts_of
+from advisor.run.continual import losses_by_task
 from advisor.run.events import read_events, stage_of
 from advisor.run.stages import EVENTS, PLAN, REPORT, recipe_files
 from advisor.run.verdict import is_share
@@ -40,7 +41,7 @@ ROLES = {
 }  # fmt: skip
 VERDICTS = {
     "better": "better", "no_different": "no different", "worse": "worse", "forgot": "forgot",
-    "unknown": "not judged",
+    "not_learned": "not learned", "unknown": "not judged",
 }  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def _environment() -> jinja2.Environment:
         bytes=format_bytes, count=format_count, seconds=format_seconds, value=_value, band=_band,
         before=_before, after=_after, change=_change, verdict=VERDICTS.__getitem__,
         score=format_score, way=_way, times=lambda band: _band(band, format_seconds),
-        file=lambda path: Path(path).name,
+        file=lambda path: Path(path).name, losses_by_task=losses_by_task,
     )  # fmt: skip
     return environment
 

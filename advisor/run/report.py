@@ -9,13 +9,12 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from advisor.errors import AdvisorError
+from advisor.run.continual import memories_of, not_learned, with_memories
 from advisor.run.thresholds import ForgettingRules
 from advisor.types import (
     Band,
     Evaluation,
     Recipe,
-    RecipeDataset,
-    Record,
     RunReport,
     StageEstimate,
     StageOutcome,
@@ -64,10 +63,11 @@ def build_report(
     probes = [event for event in seen if event["event"] == "probe"]
     probe: dict[str, Any] = probes[-1] if probes else {}
     figures = figures_of_both(seen)
-    memories = _memories(recipe, figures, limits)
+    memories = memories_of(recipe.datasets, figures, limits)
     forgotten = tuple(one.words for one in memories.values() if not one.enough)
+    missed = not_learned(recipe.datasets, figures, limits) if evaluation is None else evaluation.not_learned
     return RunReport(
-        ok=status == "done" and not forgotten,
+        ok=status == "done" and not forgotten and not missed,
         status=status,
         recipe_sha256=recipe_sha256,
         program=recipe.program,
@@ -92,13 +92,14 @@ def build_report(
         heldout_figures=figures,
         kept={name: round(one.kept, 4) for name, one in memories.items() if one.kept is not None},
         forgotten=forgotten,
+        not_learned=missed,
         supervised_tokens=_latest(seen, "data", "supervised_tokens"),
         trainable_parameters=_latest(seen, "model", "trainable_parameters"),
         artefacts=artefacts,
         decisions=tuple(str(event["message"]) for event in seen if event["event"] == "decision"),
         packages=packages,
         evaluation_seconds=round(sum(asking.values()), 2) if asking else None,
-        evaluation=evaluation,
+        evaluation=evaluation and with_memories(evaluation, memories.values()),
         error=error.message if error else None,
         remedy=error.remedy if error else None,
     )
@@ -114,54 +115,6 @@ def outcome(stage: str, report: RunReport) -> StageOutcome:
 def figures_of_both(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return what was measured before and after on what is not trained on."""
     return {when: figures for when in ("before", "after") if (figures := _figures(events, when))}
-
-
-class _Memory(Record, frozen=True, kw_only=True):
-    """What is left of one earlier task."""
-
-    words: str
-    kept: float | None
-    """Share that is left; None where it is not known how much had been learned."""
-    enough: bool
-
-
-def _memories(
-    recipe: Recipe, figures: dict[str, dict[str, float]], limits: ForgettingRules
-) -> dict[str, _Memory]:
-    """Return what is left of every earlier task that was measured before and after."""
-    before, after = (figures.get(when, {}) for when in ("before", "after"))
-    found = {}
-    for one in recipe.datasets:
-        loss, exact = f"loss of {one.name}", f"exact share of {one.name}"
-        if one.role != "earlier_task" or loss not in before or loss not in after:
-            continue
-        if before.get(exact, 0.0) >= limits.exact_from and exact in after:
-            found[one.name] = _by_words(one.name, before[exact], after[exact], limits)
-        else:
-            found[one.name] = _by_loss(one, before[loss], after[loss], limits)
-    return found
-
-
-def _by_words(name: str, before: float, after: float, limits: ForgettingRules) -> _Memory:
-    kept = after / before
-    words = (
-        f"Of {name}, {after:.0%} of the held-out answers are still written word for word, {before:.0%} were "
-        f"before: {kept:.0%} is left, and a success keeps {limits.kept_at_least:.0%}."
-    )
-    return _Memory(words=words, kept=kept, enough=kept >= limits.kept_at_least)
-
-
-def _by_loss(one: RecipeDataset, before: float, after: float, limits: ForgettingRules) -> _Memory:
-    words = f"The held-out loss of {one.name} rose from {before:.3f} to {after:.3f}"
-    if one.untrained_loss is None or one.untrained_loss <= before:
-        most = limits.loss_rise_at_most
-        return _Memory(
-            words=f"{words}, by more than {most:.0%}.", kept=None, enough=after <= before * (1 + most)
-        )
-    kept = (one.untrained_loss - after) / (one.untrained_loss - before)
-    least = limits.loss_kept_at_least
-    words = f"{words}: {max(kept, 0):.0%} of what it had fallen is left, and a success keeps {least:.1%}."
-    return _Memory(words=words, kept=kept, enough=kept >= least)
 
 
 def _figures(events: list[dict[str, Any]], when: str) -> dict[str, float]:

@@ -94,7 +94,7 @@ def run_plan(
             if not is_done(job):
                 _run_stage(job, how, lock=lock, on_event=on_event, ask=ask)
             if not is_put_away(job):
-                put_away(job, _report(job, status="done", error=None))
+                put_away(job, report_of(job, status="done", error=None))
             require_result(job)
         report = _run_stage(jobs[-1], how, lock=lock, on_event=on_event, ask=ask)
         return _beside_the_others(jobs[-1], report)
@@ -140,14 +140,14 @@ def _run_stage(job: Job, how: How, *, lock: FolderLock, on_event: OnEvent, ask: 
         started = time.monotonic()
         error = _attempts(job, start, follower, lock=lock, told=told)
         status = _status(error)
-        report = _report(job, status=status, error=error)
+        report = report_of(job, status=status, error=error)
         if status == "done":
-            for words in filter(None, (got_worse(report), *report.forgotten)):
+            for words in filter(None, (got_worse(report), *report.not_learned, *report.forgotten)):
                 events.write("warning", message=words)
         events.write("end", status=status, seconds=round(time.monotonic() - started, 3))
         for event in reader.new_events():
             on_event(event)
-        report = _report(job, status=status, error=error)
+        report = report_of(job, status=status, error=error)
         if status == "done":
             remember(observed(job, report))
         if error is not None or job.last:
@@ -233,7 +233,8 @@ def _status(error: AdvisorError | None) -> Status:
     return "refused" if isinstance(error, RefusedError) else "failed"
 
 
-def _report(job: Job, *, status: Status, error: AdvisorError | None) -> RunReport:
+def report_of(job: Job, *, status: Status, error: AdvisorError | None) -> RunReport:
+    """Return what came of a stage, from its events and measurements."""
     folder = Path(job.folder)
     events = [event for event in read_events(folder / EVENTS) if event.get("stage") == job.stage]
     artefacts = {name: place for name, place in ARTEFACTS.items() if (folder / place).is_dir()}
@@ -268,4 +269,5 @@ def _evaluation(job: Job, figures: dict[str, dict[str, float]]) -> Evaluation | 
         return judge(Measured(), Measured(), figures, rules) if trainer_figures(figures) else None
     first = next(iter(sorted(folder.glob(f"stages/*/{EVALUATIONS[0]}"))), None)
     start = read_record(first, Measured) if first else None
-    return judge(found[0], found[1], figures, rules, start=start)
+    earlier = {one.name for one in job.recipe.datasets if one.role == "earlier_task"}
+    return judge(found[0], found[1], figures, rules, start=start, earlier=earlier)

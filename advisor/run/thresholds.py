@@ -99,12 +99,13 @@ class MachineRules(_Sourced, frozen=True, kw_only=True):
 
 
 class ForgettingRules(_Sourced, frozen=True, kw_only=True):
-    """When too much of an earlier task was lost for a run to be a success."""
+    """When too much of an earlier task was lost, or too little was learned, for a run to be a success."""
 
     kept_at_least: float
     exact_from: float
     loss_kept_at_least: float
     loss_rise_at_most: float
+    loss_fall_at_least: float
 
 
 class Thresholds(Record, frozen=True, kw_only=True):

@@ -7,24 +7,28 @@ verdict."""
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from advisor.run.changes import (
     Figures,
     Pairs,
+    answers,
     losses,
     manners,
+    only,
     paired,
     per_skill,
+    per_task,
     question_gain,
     repetition,
-    share_exact,
     share_right,
     trainer_figures,
 )
 from advisor.types import Change, Evaluation, Measured
 
 EXAMPLES = 8
+TASKS_TOLD = 12
 
 
 def judge(
@@ -34,6 +38,7 @@ def judge(
     rules: dict[str, Any],
     *,
     start: Measured | None = None,
+    earlier: Collection[str] = (),
 ) -> Evaluation:
     """Return what a training changed.
 
@@ -44,27 +49,73 @@ def judge(
         rules: kb/rules/evaluation.toml.
         start: of the model before the first stage, for a later one: what an earlier stage forgot is not
             forgiven because this one forgets nothing more.
+        earlier: datasets of tasks that were learned before. The verdict is on what is new beside them; what
+            is left of them is told by the report.
     """
-    samples = paired(before.samples, after.samples)
-    probes = paired((start or before).probes, after.probes)
-    found = [*losses(before, after, rules["loss"]), *trainer_figures(figures)]
+    names = dict.fromkeys(row.dataset for row in before.rows)
+    new = [name for name in names if name not in earlier]
+    of = (f" of {new[0]}" if len(new) == 1 else " of the new tasks") if earlier else ""
+    then, now = (only(one, new) if earlier else one for one in (before, after))
+    samples, probes = paired(then.samples, now.samples), paired((start or before).probes, after.probes)
+    found = [*losses(then, now, rules["loss"], of=of), *trainer_figures(figures)]
     task = found[0] if found else None
-    gain = question_gain(after, rules["loss"])
+    gain = question_gain(now, rules["loss"])
     since = " since before the first stage" if start else ""
     known = share_right(f"general questions answered right{since}", probes)
-    answered = share_right("held-out questions answered right", samples)
-    exact = share_exact("share of held-out answers word for word as in the data", samples)
-    changes = [change for change in (*found, gain, known, answered, exact) if change is not None]
+    said = answers(samples, of=of)
+    changes = [change for change in (*found, gain, known, *said) if change is not None]
+    tasks = per_task(before, after, rules["loss"])
+    changes += tasks
     changes += [*manners([*samples, *probes]), *per_skill(probes, rules["general"])]
-    told = [words(change) for change in (task, answered, known) if change is not None]
+    by_task = [change for change in tasks if change.better == "higher"][:TASKS_TOLD]
+    told = [words(change) for change in (task, *said[:1], *by_task, known) if change is not None]
     verdict, reasons = _verdict(task, gain, known, probes, rules)
     if _without_effect(before, after):
         verdict = verdict if verdict == "forgot" else "no_different"
         reasons = ["No answer and no loss has changed: the training had no effect.", *reasons]
+    missed = [text for name in new if earlier and (text := _not_learned(name, before, after, rules))]
+    if missed and verdict in ("better", "no_different"):
+        verdict = "not_learned"
+    manner = _bad_manners([*samples, *probes], rules["answers"])
     return Evaluation(
-        verdict=verdict, evidence=(*reasons, *told, *_bad_manners([*samples, *probes], rules["answers"])),
-        changes=tuple(changes), examples=_examples(samples, probes),
+        verdict=verdict, evidence=tuple(dict.fromkeys((*missed, *reasons, *told, *manner))),
+        not_learned=tuple(missed),
+        changes=tuple({change.name: change for change in changes}.values()),
+        examples=_examples(samples, probes),
     )  # fmt: skip
+
+
+def _not_learned(name: str, before: Measured, after: Measured, rules: dict[str, Any]) -> str:
+    """Return what shows that a task was not learned; empty when it was, or when too few rows can tell.
+
+    A loss falls far when only the manner of the answers is learned. So answers that can be checked must be
+    right, and others be likelier for their own question, or be those of the data."""
+    then, now = only(before, {name}), only(after, {name})
+    loss = next(iter(losses(then, now, rules["loss"], of=f" of {name}")), None)
+    if loss is None:
+        return ""
+    if _direction(loss, rules["loss"]["noise"]) != "better":
+        return f"{name} was not learned. {words(loss)}"
+    pairs = paired(then.samples, now.samples)
+    said, gain = answers(pairs, of=f" of {name}"), question_gain(now, rules["loss"])
+    enough = any(change.after >= rules["answers"]["learned_from"] for change in said)
+    checked = [pair for pair in pairs if None not in (pair[0].right, pair[1].right)]
+    if enough or _beyond_chance([(b, a) for a, b in checked], rules["general"]["deviations"]):
+        return ""
+    if len(checked) >= rules["loss"]["least_rows"]:
+        return f"{name} was not learned: its loss fell, but its answers are not right. {words(said[0])}"
+    if _depends_on_the_question(gain, rules["loss"]["noise"]):
+        return ""
+    shown = " ".join(map(words, [*([gain] if gain else []), *said]))
+    return f"{name} was not learned: its loss fell, but its answers do not depend on the question. {shown}"
+
+
+def _beyond_chance(pairs: Pairs, deviations: float) -> bool:
+    """Tell whether more right answers were lost than chance explains: by it, each answer that changed was as
+    likely lost as gained."""
+    lost = sum(bool(a.right) and not b.right for a, b in pairs)
+    gained = sum(not a.right and bool(b.right) for a, b in pairs)
+    return lost - gained > deviations * math.sqrt(lost + gained)
 
 
 def _verdict(
@@ -77,7 +128,7 @@ def _verdict(
     forgot = _forgotten(probes, rules["general"])
     if direction == "worse":
         return "worse", []
-    if forgot and _depends_on_the_question(gain, rules["loss"]):
+    if forgot and _depends_on_the_question(gain, rules["loss"]["question_share"]):
         return "forgot", [forgot]
     if forgot:
         nothing = "What it says hardly depends on the question, on rows that it was not trained on."
@@ -87,10 +138,10 @@ def _verdict(
     return direction or "no_different", []
 
 
-def _depends_on_the_question(gain: Change | None, rules: dict[str, Any]) -> bool:
-    """Tell whether answers are the likelier for their own question, beyond chance and by more than a trace;
-    taken for granted where it was not measured."""
-    return gain is None or (gain.low is not None and gain.low > rules["question_share"] * gain.before)
+def _depends_on_the_question(gain: Change | None, share: float) -> bool:
+    """Tell whether answers are the likelier for their own question, beyond chance and by more than a share of
+    their loss; taken for granted where it was not measured."""
+    return gain is None or (gain.low is not None and gain.low > share * gain.before)
 
 
 def words(change: Change) -> str:
@@ -129,10 +180,8 @@ def _forgotten(probes: Pairs, rules: dict[str, Any]) -> str:
     lost = sum(bool(a.right) and not b.right for a, b in probes)
     gained = sum(not a.right and bool(b.right) for a, b in probes)
     right = sum(bool(a.right) for a, _ in probes)
-    balance = lost - gained
-    # Under chance alone, each answer that changed was as likely lost as gained.
-    beyond_chance = balance > rules["deviations"] * math.sqrt(lost + gained)
-    if not right or balance / right < rules["lost_share"] or not beyond_chance:
+    few = not right or (lost - gained) / right < rules["lost_share"]
+    if few or not _beyond_chance(probes, rules["deviations"]):
         return ""
     return (
         f"Of {right} general questions that were answered right before, {lost} are not any more "

@@ -117,7 +117,7 @@ class Prepared(Record, frozen=True, kw_only=True):
     heldout: dict[str, Any]
     """Rows that are not trained on, by dataset."""
     heldout_content: tuple[bytes, ...]
-    """The conversations held out, each one JSON object with `messages` and `tools`."""
+    """The conversations held out, each one JSON object with `messages`, `tools` and `dataset`, its name."""
     account: Account
 
 
@@ -246,7 +246,10 @@ def prepare(
     return Prepared(
         train=table(train),
         heldout=by_dataset(heldout),
-        heldout_content=tuple(dict.fromkeys(row.content for row in heldout)),
+        heldout_content=tuple(
+            orjson.dumps({**orjson.loads(content), "dataset": name})
+            for content, name in {row.content: row.dataset for row in heldout}.items()
+        ),
         account=account,
     )
 

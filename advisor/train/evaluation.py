@@ -193,6 +193,7 @@ class Evaluator:
                 prompt=question["messages"][-1]["content"], answer=answer, tokens=len(own), ended=ended,
                 right=_right(answer, question), exact=_exact(answer, question),
                 reference=question.get("reference"), skill=question.get("skill", ""),
+                dataset=question.get("dataset", ""),
             )  # fmt: skip
 
 
@@ -235,16 +236,23 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     """Return the questions of held-out conversations: all before the last answer, which is the reference."""
     if not path.is_file():
         return []
-    found = []
-    lines = path.read_bytes().splitlines()
-    # Spread over the file, in which one dataset follows the other.
-    for line in lines[:: math.ceil(len(lines) / MOST_SAMPLES) or 1]:
+    by_dataset: dict[str, list[dict[str, Any]]] = {}
+    for line in path.read_bytes().splitlines():
         said = orjson.loads(line)
-        messages = said["messages"]
-        if said.get("tools") or len(messages) < 2 or messages[-1].get("role") != "assistant":
-            continue
-        found.append({"messages": messages[:-1], "reference": str(messages[-1].get("content") or "")})
-    return found
+        by_dataset.setdefault(said.get("dataset", ""), []).append(said)
+    each = max(1, MOST_SAMPLES // max(len(by_dataset), 1))
+    # Of every dataset alike, spread over its rows.
+    chosen = [one for rows in by_dataset.values() for one in rows[:: math.ceil(len(rows) / each)]]
+    return [
+        {
+            "messages": one["messages"][:-1], "dataset": one.get("dataset", ""),
+            "reference": str(one["messages"][-1].get("content") or ""),
+        }
+        for one in chosen
+        if not one.get("tools")
+        and len(one["messages"]) > 1
+        and one["messages"][-1].get("role") == "assistant"
+    ]  # fmt: skip
 
 
 def _right(answer: str, question: dict[str, Any]) -> bool | None:

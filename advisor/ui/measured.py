@@ -49,6 +49,7 @@ VERDICTS = {
     "no_different": ("warn", "NO DIFFERENT"),
     "worse": ("bad", "WORSE"),
     "forgot": ("bad", "FORGOT"),
+    "not_learned": ("bad", "NOT LEARNED"),
     "unknown": ("quiet", "not judged"),
 }
 EXAMPLES_SHOWN = 3

@@ -14,6 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from advisor.run.continual import losses_by_task
 from advisor.run.folder import RunState
 from advisor.self_test import SelfTest
 from advisor.types import (
@@ -281,6 +282,10 @@ def report(made: RunReport) -> RenderableType:
         rows.append(
             ("Held-out loss", f"{made.heldout_loss_before:.3f} -> {made.heldout_loss_after:.3f} (measured)")
         )
+    rows += [
+        (f"Held-out loss of {name}", f"{before:.3f} -> {after:.3f} (measured)")
+        for name, before, after in losses_by_task(made.heldout_figures)
+    ]
     if made.tokens_per_second is not None:
         rows.append(("Speed, measured", _speed(made)))
     if made.evaluation_seconds is not None:
@@ -292,7 +297,7 @@ def report(made: RunReport) -> RenderableType:
         ("Kept of " + name, f"{share:.0%} (on held-out rows, measured)") for name, share in made.kept.items()
     ]
     rows += [("Decision", text) for text in made.decisions]
-    rows += [("No success", text) for text in made.forgotten]
+    rows += [("No success", text) for text in (*made.not_learned, *made.forgotten)]
     return Group(Rule("Run", align="left", style="quiet"), pairs(rows))
 
 

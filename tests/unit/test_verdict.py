@@ -93,6 +93,58 @@ def test_each_dataset_has_its_figure() -> None:
     assert "general questions, colours, right" in names
 
 
+def of_two(
+    new: float, old: float, *, swapped: float | None = None, right: int | None = 0, seed: int = 0
+) -> Measured:
+    """A measurement of a new task and an old one, with short answers to the new; `right` None: none of them
+    can be checked."""
+    parts = [
+        measured(loss=new, gain=swapped, seed=seed, dataset="new"),
+        measured(loss=old, seed=seed, dataset="old"),
+    ]
+    asked = tuple(
+        Asked(
+            prompt=f"{n}?",
+            answer=str(n),
+            tokens=1,
+            ended=True,
+            dataset="new",
+            right=None if right is None else n < right,
+        )
+        for n in range(9)
+    )
+    return msgspec.structs.replace(parts[0], rows=parts[0].rows + parts[1].rows, samples=asked)
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        (of_two(1.0, 0.5, swapped=0.5, right=None, seed=1), "better"),
+        (of_two(1.0, 0.1, swapped=0.5, right=None, seed=1), "better"),
+        (of_two(2.0, 0.1, swapped=0.5, right=None, seed=1), "not_learned"),
+        (of_two(1.0, 0.5, swapped=0.0, right=None, seed=1), "not_learned"),
+        (of_two(1.0, 0.5, swapped=0.0, right=9, seed=1), "better"),
+        (of_two(1.0, 0.5, swapped=0.5, right=1, seed=1), "not_learned"),
+        (of_two(3.0, 0.1, swapped=0.5, right=9, seed=1), "worse"),
+    ],
+)
+def test_beside_an_earlier_task_the_new_one_must_be_learned(after: Measured, expected: str) -> None:
+    """The old task's loss counts neither for nor against it; a lower loss is not enough where the answers
+    have nothing to do with the question and none is right."""
+    before = of_two(2.0, 0.5)
+    found = judge(before, after, {}, RULES, earlier={"old"})
+    assert found.verdict == expected
+    assert bool(found.not_learned) is (expected in ("not_learned", "worse"))
+    assert not judge(before, after, {}, RULES).not_learned
+
+
+def test_each_task_is_told_by_its_answers_too() -> None:
+    """Where answers can be checked, the share that is right stands in the evidence, before and after."""
+    found = judge(of_two(2.0, 0.5), of_two(1.0, 0.5, right=9, seed=1), {}, RULES)
+    assert "Held-out questions of new answered right: 0% before, 100% after." in found.evidence
+    assert "held-out loss of old" in {change.name for change in found.changes}
+
+
 def test_perplexity_is_told_with_its_interval() -> None:
     """It is the exponential of the loss, and its interval is of the difference of perplexities."""
     found = {change.name: change for change in verdict(BEFORE, measured(loss=1.5, seed=1)).changes}
