@@ -35,16 +35,11 @@ class Finished(Record, frozen=True, kw_only=True):
     """What it was trained on, each as an earlier task."""
 
 
-def read_finished(folder: Path, *, taken: Collection[str]) -> Finished:
-    """Read a run folder that is to be continued.
-
-    Args:
-        folder: of a run that is done.
-        taken: names of the new datasets; an earlier one of the same name gets another.
+def finished_plan(folder: Path) -> Plan:
+    """Return the plan of a run that is done.
 
     Raises:
-        InputError: it is no run folder, or nothing was trained in it yet.
-        RefusedError: its result cannot be trained further.
+        InputError: it is no run folder, or was not trained to its end.
     """
     if not (folder / "plan.json").is_file():
         raise InputError(f"{folder} is no run folder: it has no plan.json.", "See yours: ftadvisor runs")
@@ -56,28 +51,51 @@ def read_finished(folder: Path, *, taken: Collection[str]) -> Finished:
         raise InputError(
             f"{folder} is not trained to its end.", f"Train it first: ftadvisor run {folder} --resume"
         )
+    return plan
+
+
+def read_finished(folder: Path, *, given: Collection[DatasetProfile] = ()) -> Finished:
+    """Read a run folder that is to be continued.
+
+    Args:
+        folder: of a run that is done.
+        given: the datasets that are named anew. An earlier one with the same rows is not taken twice, one of
+            the same name gets another.
+
+    Raises:
+        InputError: it is no run folder, or nothing was trained in it yet.
+        RefusedError: its result cannot be trained further.
+    """
+    plan = finished_plan(folder)
     result: Literal["adapter", "model"] = "adapter" if (folder / "adapter").is_dir() else "model"
     if result == "adapter" and plan.method not in TRAINED_FURTHER:
         raise RefusedError(
             f"The result of {folder} ({plan.method}) cannot be trained further.",
-            "Plan anew with the data of both tasks (--data OLD --data NEW), or with lora for the next run.",
+            "Plan anew with the data of both tasks (--data OLD --data NEW), or train an adapter beside it: "
+            "the same with --goal 'one adapter per task'.",
             code="cannot_continue",
         )
     if plan.apart:
         raise RefusedError(
             f"{folder} trained an adapter for each task; it is not known which one should go on.",
-            "Train the new task as one more adapter: ftadvisor plan --data NEW, and talk to all of them.",
+            "Train one more adapter beside them: the same with --goal 'one adapter per task'.",
             code="cannot_continue",
         )
-    names = {
-        profile.name: profile.name if profile.name not in taken else f"earlier-{profile.name}"
-        for profile in plan.datasets
-    }
-    profiles = tuple(
-        msgspec.structs.replace(profile, name=names[profile.name], role="earlier_task")
-        for profile in plan.datasets
-        if profile.kind in REPLAYED and profile.path is not None
-    )
+    if plan.stages[-1].objective == "reward":
+        raise RefusedError(
+            f"The result of {folder} marks answers and writes none, so it cannot learn to.",
+            "Train against it (ftadvisor plan --method rloo --set reward_model=DIR), or name another run.",
+            code="cannot_continue",
+        )
+    twins = {one.sha256: one.name for one in given if one.sha256 is not None}
+    taken = {one.name for one in given}
+    names, profiles = {}, []
+    for profile in plan.datasets:
+        twin = twins.get(profile.sha256) if profile.sha256 is not None else None
+        free = profile.name if profile.name not in taken else f"earlier-{profile.name}"
+        names[profile.name] = twin or free
+        if twin is None and profile.kind in REPLAYED and profile.path is not None:
+            profiles.append(msgspec.structs.replace(profile, name=free, role="earlier_task"))
     untrained = {names[name]: loss for name, loss in _untrained(folder, plan).items() if name in names}
     shape = _shape(folder) if result == "adapter" else {}
     start = StartFrom(
@@ -87,7 +105,7 @@ def read_finished(folder: Path, *, taken: Collection[str]) -> Finished:
         shape=shape,
         untrained_losses=untrained,
     )
-    return Finished(plan=plan, start=start, profiles=profiles)
+    return Finished(plan=plan, start=start, profiles=tuple(profiles))
 
 
 def _shape(folder: Path) -> dict[str, Value]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import msgspec
 
-from advisor.earlier import read_finished
-from advisor.errors import RefusedError, UsageError
+from advisor.earlier import Finished, finished_plan, read_finished
+from advisor.errors import InputError, RefusedError, UsageError
+from advisor.goals import understand
 from advisor.inputs import Inputs, declared
 from advisor.knowledge import Knowledge
 from advisor.probe.calibration import measured_rates
@@ -61,7 +62,8 @@ def gather(inputs: Inputs, knowledge: Knowledge, notify: Notify) -> Scenario:
 
 
 def _continued(inputs: Inputs, knowledge: Knowledge, notify: Notify) -> Scenario:
-    """Return the scenario of a run that goes on from another one's result and keeps what that had learned.
+    """Return the scenario of a run that goes on from another one's result and keeps what that had learned, or
+    of one beside it where every task has an adapter of its own.
 
     Raises:
         UsageError: a model was named beside it.
@@ -74,20 +76,54 @@ def _continued(inputs: Inputs, knowledge: Knowledge, notify: Notify) -> Scenario
         )
     alone = msgspec.structs.replace(inputs, continue_from=None)
     folder = Path(str(inputs.continue_from))
+    if "tenants" in understand(_goal(inputs), knowledge).wishes:
+        model, method = _beside(folder, inputs)
+        notify(f"Leaving {folder} as it is, for a new adapter beside it")
+        return gather(msgspec.structs.replace(alone, model=model, method=method), knowledge, notify)
     model, method = _kept(folder, inputs)
     case = gather(msgspec.structs.replace(alone, model=model, method=method), knowledge, notify)
-    finished = read_finished(folder, taken={profile.name for profile in case.datasets})
+    finished = read_finished(folder, given=case.datasets)
+    _require_data(finished, folder)
+    spec = case.spec
+    if spec is not None and finished.start.result == "model" and finished.plan.model is not None:
+        base = finished.plan.model
+        spec = msgspec.structs.replace(spec, id=f"{base.id}-{folder.resolve().name}", licence=base.licence)
     return msgspec.structs.replace(
         case,
+        spec=spec,
         datasets=case.datasets + finished.profiles,
         goal=msgspec.structs.replace(case.goal, model_state="own_sft", must_not_forget=True),
         start=finished.start,
     )
 
 
+def _require_data(finished: Finished, folder: Path) -> None:
+    """Refuse to go on without the rows that keep what was learned.
+
+    Raises:
+        InputError: they are not where they were.
+    """
+    gone = [f"{one.name} ({one.path})" for one in finished.profiles if not Path(str(one.path)).exists()]
+    if gone:
+        raise InputError(
+            f"The data that {folder} learned is not there any more: {', '.join(gone)}.",
+            "Put it back, or say where the same rows lie now: --earlier NAME=FILE. Without them, merge the "
+            f"result (ftadvisor export {folder} --to merged) and plan with that folder as --model.",
+        )
+
+
+def _beside(folder: Path, inputs: Inputs) -> tuple[str, str | None]:
+    """(model, method) of a new adapter on what an earlier run stands on."""
+    plan = finished_plan(folder)
+    assert plan.model is not None  # a plan that was trained has one
+    if (folder / "model").is_dir():
+        return str(folder / "model"), inputs.method
+    return plan.model.path or plan.model.id, inputs.method or plan.method
+
+
 def _kept(folder: Path, inputs: Inputs) -> tuple[str, str | None]:
     """(model, method) with which an earlier run goes on."""
-    finished = read_finished(folder, taken=())
+    finished = read_finished(folder)
     if finished.start.result == "model":
         return str(folder / "model"), inputs.method
     tuner, plan = finished.start.tuner, finished.plan

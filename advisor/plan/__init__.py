@@ -17,7 +17,7 @@ from advisor.knowledge import Knowledge
 from advisor.plan import overrides as own
 from advisor.plan.case import Case, takes_too_long
 from advisor.plan.export import export_plan
-from advisor.plan.settings import Sheet, stage_sheet
+from advisor.plan.settings import Sheet, replayed, stage_sheet
 from advisor.plan.warn import warnings_of
 from advisor.plan.words import alternatives, assumptions, summary
 from advisor.recommend import Advice, Option, advise, candidates_of
@@ -25,7 +25,7 @@ from advisor.recommend.amount import stage_time
 from advisor.recommend.chains import REINFORCEMENT
 from advisor.recommend.fit import Fit, StageFit
 from advisor.recommend.gates import program_of
-from advisor.recommend.situation import TEXT, datasets_of, rule
+from advisor.recommend.situation import datasets_of, rule
 from advisor.types import (
     ExportPlan,
     MemoryEstimate,
@@ -194,7 +194,7 @@ def _stage(
         parts[part.name] = parts.get(part.name, 0) + part.bytes
     names = [d.name for d in datasets_of(fitted.objective, advice.situation)]
     if "replay_fraction" in sheet.settings:
-        names += [d.name for d in advice.situation.earlier if fitted.objective == "cpt" or d.kind not in TEXT]
+        names += [d.name for d in replayed(fitted.objective, advice.situation)]
     return Stage(
         objective=fitted.objective, program=program_of(fitted.objective, option.proposal.facts, knowledge),
         settings=sheet.settings, why=sheet.why, datasets=tuple(names),

@@ -13,8 +13,16 @@ from advisor.recommend.amount import batch_for, epochs_for, heldout_share, stage
 from advisor.recommend.chains import PREFERENCE, REINFORCEMENT
 from advisor.recommend.fit import Fit, StageFit
 from advisor.recommend.reasons import because
-from advisor.recommend.situation import Situation, counted_rows, datasets_of, rule, unequal_ratio
-from advisor.types import TimeEstimate, Value, Why
+from advisor.recommend.situation import (
+    DEMONSTRATIONS,
+    TEXT,
+    Situation,
+    counted_rows,
+    datasets_of,
+    rule,
+    unequal_ratio,
+)
+from advisor.types import DatasetProfile, TimeEstimate, Value, Why
 from advisor.units import format_bytes
 
 
@@ -118,7 +126,8 @@ def _machine(sheet: Sheet, stage: StageFit, option: Option, fit: Fit, advice: Ad
     on = settings.gradient_checkpointing
     key = "on" if on else "off" if facts.gradient_checkpointing else "never"
     sheet.say("gradient_checkpointing", f"gradient_checkpointing_{key}", value=on)
-    key = "on" if settings.packed else "off" if facts.packing else "never"
+    off = "mixed" if advice.situation.mixes else "off"
+    key = "on" if settings.packed else off if facts.packing else "never"
     sheet.say("packing", f"packing_{key}", value=settings.packed)
     key = "attention_eager" if settings.attention == "eager" else "attention"
     sheet.say("attention", key, value=settings.attention)
@@ -214,13 +223,19 @@ def _mixture(sheet: Sheet, stage: StageFit, advice: Advice, knowledge: Knowledge
 def replay(objective: str, situation: Situation, knowledge: Knowledge) -> tuple[float, str]:
     """(share of old or general data to mix in, key of its reason); 0 without old data to take it from."""
     rules = rule(knowledge, "data", "replay")
-    if not situation.earlier or objective not in ("cpt", "sft"):
+    if not replayed(objective, situation):
         return 0.0, ""
     if objective == "sft":
         key = "earlier_task"
     else:
         key = "new_language" if new_language(situation, knowledge) else "same_language"
     return float(rules[key]), f"replay_{key}"
+
+
+def replayed(objective: str, situation: Situation) -> tuple[DatasetProfile, ...]:
+    """Earlier datasets that a stage can mix in: answers to imitate, and text too where text is read."""
+    kinds = {"sft": DEMONSTRATIONS, "cpt": DEMONSTRATIONS | TEXT}.get(objective, frozenset())
+    return tuple(d for d in situation.earlier if d.kind in kinds)
 
 
 def new_language(situation: Situation, knowledge: Knowledge) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 
 from advisor.knowledge import Knowledge
 from advisor.plan.case import Case, limit
-from advisor.plan.settings import new_language, replay
+from advisor.plan.settings import new_language, replayed
 from advisor.recommend.chains import PREFERENCE
 from advisor.recommend.situation import rows_of, rule, unequal_ratio
 from advisor.recommend.weigh import data_excess
-from advisor.types import ModelSpec
+from advisor.types import ModelSpec, Stage
 
 Values = dict[str, Any] | None
 
@@ -180,10 +180,20 @@ def mixing_cap(case: Case, knowledge: Knowledge) -> Values:
 
 def replay_mix(case: Case, knowledge: Knowledge) -> Values:
     """Old or general data is mixed in, or should be."""
-    for stage in case.stages:
-        share, _ = replay(stage.objective, case.situation, knowledge)
-        if share:
-            return {"detail": f"{share:.0%} of the training rows"}
+    for stage in _rehearsing(case):
+        share = stage.settings["replay_fraction"]
+        assert isinstance(share, float | int)
+        old = rows_of(replayed(stage.objective, case.situation))
+        there = old / max(old + case.rows, 1) if stage.objective == "sft" else share
+        few = f", which is all there is; {share:.0%} were better" if there < share else ""
+        return {"detail": f"{min(share, there):.0%} of the training rows{few}", "handled": not few}
+    unread = [
+        d.name
+        for d in case.situation.earlier
+        if not any(d in replayed(o, case.situation) for o in case.objectives)
+    ]
+    if unread:
+        return {"detail": f"{', '.join(unread)} cannot be mixed into this training"}
     if case.situation.wish("must_not_forget") or case.situation.task_kind == "continual":
         return {}
     return {"severity": "should"} if "cpt" in case.objectives else None
@@ -191,12 +201,20 @@ def replay_mix(case: Case, knowledge: Knowledge) -> Values:
 
 def forgetting(case: Case, knowledge: Knowledge) -> Values:
     """What was known may be lost."""
-    wanted = case.situation.wish("must_not_forget") or case.situation.task_kind == "continual"
-    if wanted:
+    named = dict.fromkeys(d.name for s in _rehearsing(case) for d in replayed(s.objective, case.situation))
+    if named:
+        told = f"{', '.join(named)} is rehearsed, and measured before and after"
+        return {"severity": "must", "detail": told, "handled": True}
+    if case.situation.wish("must_not_forget") or case.situation.task_kind == "continual":
         return {"severity": "must"}
     if "cpt" in case.objectives or case.tuner == "full":
         return {"severity": "should"}
     return None
+
+
+def _rehearsing(case: Case) -> list[Stage]:
+    """Return the stages that mix earlier data in."""
+    return [stage for stage in case.stages if stage.settings.get("replay_fraction")]
 
 
 def lora_capacity(case: Case, knowledge: Knowledge) -> Values:

@@ -334,10 +334,13 @@ def _variants(proposal: Proposal, situation: Situation) -> list[tuple[Literal[4,
 
 
 def packs(objective: Objective, situation: Situation, knowledge: Knowledge) -> bool:
-    """True when short rows are joined into full sequences: for plain text, and on a CPU when many."""
+    """True when short rows are joined into full sequences: for plain text, and on a CPU when many.
+
+    Not where tasks are mixed: rows of like length are joined, so that a step would hold one task only.
+    """
     if objective == "cpt":
         return True
-    if objective != "sft" or situation.machine.device != "cpu":
+    if objective != "sft" or situation.machine.device != "cpu" or situation.mixes:
         return False
     lengths = lengths_of(datasets_of(objective, situation), rule(knowledge, "data", "lengths"))
     rows = counted_rows(objective, situation, knowledge)

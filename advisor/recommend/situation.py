@@ -85,6 +85,11 @@ class Situation(Record, frozen=True, kw_only=True):
     languages: tuple[str, ...]
     force: bool
 
+    @property
+    def mixes(self) -> bool:
+        """True when rows of several tasks, new or old, go into one training."""
+        return bool(self.earlier) or (self.tasks > 1 and not self.separate)
+
     def wish(self, name: str) -> bool:
         """True when the person asked for this constraint."""
         return name in self.goal.wishes

@@ -8,7 +8,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from advisor.errors import DataError, DiskError, RefusedError
+from advisor.errors import DataError, DiskError, InputError, RefusedError
 from advisor.rows import data_files
 from advisor.run.events import read_events
 from advisor.run.stages import EVENTS, Job
@@ -87,10 +87,20 @@ def check_disk(job: Job) -> None:
 
 
 def fetch_model(recipe: Recipe, *, offline: bool) -> None:
-    """Make sure that a model from the hub lies on this machine; the program itself has no network."""
+    """Make sure that the model lies on this machine; the program itself has no network.
+
+    Raises:
+        InputError: its folder is gone.
+        HubError: it cannot be fetched.
+    """
     model = recipe.model
-    if "starter" in (model.id, model.path) or model.path is not None or Path(model.id).exists():
+    if "starter" in (model.id, model.path) or Path(model.path or model.id).exists():
         return
+    if model.path is not None:
+        raise InputError(
+            f"The model {model.id} is not in {model.path} any more.",
+            "Put it back, or write where it lies now into the recipe (model: path).",
+        )
     from advisor.probe import hub
 
     hub.fetch_model(model.id, revision=model.revision, offline=offline)

@@ -15,12 +15,11 @@ from advisor.inputs import Inputs
 from advisor.intake import gather
 from advisor.knowledge import load
 from advisor.plan import make_plan
-from advisor.run.events import read_events
 from advisor.run.report import build_report
 from advisor.run.thresholds import thresholds_of
-from advisor.storage import read_record, write_json
+from advisor.storage import read_record
 from advisor.types import Plan, Recipe, RecipeDataset, RecipeModel, RunReport
-from training import events_of, rows, run_here, write_rows
+from training import events_of, report_here, rows, run_here, write_rows
 
 torch = pytest.importorskip("torch")
 
@@ -45,13 +44,7 @@ def planned(folder: Path, data: Path, **given: Any) -> Path:
 def trained(folder: Path) -> RunReport:
     """Train a run folder in this process and write its report, as the supervisor does."""
     assert run_here(folder) == 0, events_of(folder, "error")
-    recipe = read_record(folder / "recipe.yaml", Recipe)
-    made = build_report(
-        read_events(folder / "events.jsonl"), recipe, recipe_sha256="", status="done", estimate=None,
-        artefacts={}, packages={}, limits=LIMITS, error=None,
-    )  # fmt: skip
-    write_json(folder / "report.json", made)
-    return made
+    return report_here(folder)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +91,10 @@ def test_it_goes_on_from_the_adapter_and_keeps_what_was_learned(
     assert report.heldout_figures["after"]["loss of new"] < 0.8 * before["loss of new"]
     assert report.kept["old"] >= 0.8
     assert "exact share of old" in before
+    assert report.evaluation is not None
+    told = " ".join(report.evaluation.evidence)
+    assert "Held-out loss of new" in told
+    assert "of old" in told
     counted = events_of(folder, "model")[0]["trainable_parameters"]
     assert made.stages[0].estimate.trainable_parameters == counted
 
@@ -113,6 +110,54 @@ def test_a_run_that_forgets_is_no_success(first: Path, files: dict[str, Path], t
     assert not report.ok
     assert report.kept["old"] < 0.5
     assert "of old" in report.forgotten[0]
+    assert report.evaluation is not None
+    assert report.evaluation.verdict == "forgot"
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_a_run_that_learns_nothing_new_is_no_success(
+    first: Path, files: dict[str, Path], tmp_path: Path, *, evaluate: bool
+) -> None:
+    """At rate zero all of the old is kept, and the report says that the new task was not learned."""
+    folder = planned(
+        tmp_path / "new", files["new"], continue_from=str(first),
+        settings={"max_steps": 1, "learning_rate": 0.0, "evaluate": evaluate},
+    )  # fmt: skip
+    report = trained(folder)
+    assert (report.status, report.ok, report.forgotten) == ("done", False, ())
+    assert report.kept["old"] == 1.0
+    assert "new was not learned" in report.not_learned[0]
+    assert [one.verdict for one in (report.evaluation,) if one] == ["not_learned"] * evaluate
+
+
+def test_moved_rows_are_asked_for_and_taken_once(first: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    """Rows that an earlier run learned and that lie elsewhere now are named by --earlier; the loss they had
+    before goes with them."""
+    moved = tmp_path / "elsewhere.jsonl"
+    files["old"].rename(moved)
+    try:
+        with pytest.raises(InputError, match=r"not there any more: old \(") as caught:
+            planned(tmp_path / "a", files["new"], continue_from=str(first))
+        folder = planned(tmp_path / "b", files["new"], continue_from=str(first), earlier=(f"told={moved}",))
+    finally:
+        moved.rename(files["old"])
+    assert "--earlier" in caught.value.remedy
+    found = [(one.name, one.role) for one in read_record(folder / "recipe.yaml", Recipe).datasets]
+    assert found == [("b", "train"), ("told", "earlier_task")]
+    assert read_record(folder / "recipe.yaml", Recipe).datasets[1].untrained_loss is not None
+
+
+def test_an_adapter_beside_the_earlier_one_begins_anew(
+    first: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """Where each task is to have an adapter of its own, the earlier one and its rows are left as they are."""
+    folder = planned(tmp_path / "new", files["new"], continue_from=str(first), goal="one adapter per task")
+    made, recipe = read_record(folder / "plan.json", Plan), read_record(folder / "recipe.yaml", Recipe)
+    assert made.start is None
+    assert made.method == "lora"
+    assert recipe.model.after is None
+    assert recipe.model.path == read_record(first / "recipe.yaml", Recipe).model.path
+    assert [one.name for one in recipe.datasets] == ["new"]
 
 
 def test_what_cannot_be_continued_is_refused(

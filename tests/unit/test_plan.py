@@ -109,7 +109,46 @@ def test_earlier_tasks_are_replayed() -> None:
     assert made.task_kind == "continual"
     assert stage.settings["replay_fraction"] == 0.25
     assert "old" in stage.datasets
-    assert {"forgetting", "replay_mix"} <= codes(made)
+    told = {
+        warning.code: warning for warning in made.warnings if warning.code in ("forgetting", "replay_mix")
+    }
+    assert all(warning.handled for warning in told.values())
+    assert "25% of the training rows" in told["replay_mix"].message
+    assert "old is rehearsed" in told["forgetting"].message
+
+
+@pytest.mark.parametrize(
+    ("old", "settings", "words"),
+    [
+        (rows(count=100, name="old", role="earlier_task"), {}, "10% of the training rows, which is all"),
+        (rows(count=900, name="old", role="earlier_task"), {"replay_fraction": 0.0}, "would be forgotten."),
+        (
+            {"kind": "preference", "rows": 900, "name": "old", "role": "earlier_task"},
+            {},
+            "old cannot be mixed",
+        ),
+    ],
+)
+def test_earlier_data_that_is_not_mixed_in_enough_is_asked_for(
+    old: dict[str, Any], settings: dict[str, Any], words: str
+) -> None:
+    """Too few rows, none by the person's own setting, or rows without answers to rehearse."""
+    made = plan(rows(count=900), old, overrides=settings)
+    told = next(warning for warning in made.warnings if warning.code == "replay_mix")
+    assert words in told.message
+    assert not told.handled
+    assert ("old" in made.stages[0].datasets) is (old["kind"] != "preference")
+
+
+def test_a_mixture_is_not_packed() -> None:
+    """On a processor short rows are packed by their length, which would part the tasks from each other."""
+    short = {"count": 5000, "mean_tokens": 20, "p95_tokens": 40}
+    alone, old = rows(**short), rows(**short, name="old", role="earlier_task")
+    packed = [
+        plan(*data, hardware=CPU, model="HuggingFaceTB/SmolLM2-135M-Instruct").stages[0].settings["packing"]
+        for data in ((alone,), (alone, old))
+    ]
+    assert packed == [True, False]
 
 
 def test_a_new_language_is_warned_about() -> None:
