@@ -243,6 +243,22 @@ def end_of_turn(template: str, *, bos_token: str = "", eos_token: str = "") -> s
     return ending.strip() or None
 
 
+def end_of_call(template: str, *, bos_token: str = "", eos_token: str = "") -> str | None:
+    """Return the text that the template writes after the arguments of a tool call, without white space.
+
+    None when the template refuses calls or does not show them.
+    """
+    call = {"type": "function", "function": {"name": "look", "arguments": {"text": _ANSWER}}}
+    turns = [
+        {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]  # fmt: skip
+    try:
+        text = render(template, turns, bos_token=bos_token, eos_token=eos_token)
+    except TemplateRefusalError:
+        return None
+    return text.rpartition(_ANSWER)[2].strip() if _ANSWER in text else None
+
+
 def refuses_consecutive_turns(template: str, *, bos_token: str = "", eos_token: str = "") -> bool:
     """Tell whether the template refuses two user turns in a row."""
     turns = [{"role": "user", "content": _QUESTION}, {"role": "user", "content": _SECOND}]

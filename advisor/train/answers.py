@@ -17,6 +17,7 @@ from advisor.resources import base_chat_template
 from advisor.rows import Message
 from advisor.templates import (
     TemplateRefusalError,
+    end_of_call,
     end_of_turn,
     has_generation_markers,
     render,
@@ -37,6 +38,8 @@ class Template(Record, frozen=True, kw_only=True):
     """The token that ends an answer."""
     marked: bool
     """Whether the template itself says where answers are."""
+    call_end: str | None = None
+    """The token that ends a tool call, where it is another one."""
     bos: str = ""
     eos: str = ""
     given: bool = False
@@ -83,8 +86,16 @@ def read_template(tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
             "Take chat_template.jinja from an instruction-tuned model of the same family.",
             code="chat_template",
         )
+    after_call = end_of_call(source, bos_token=bos, eos_token=eos) or ""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return Template(
-        source=source, end=end, marked=has_generation_markers(source), bos=bos, eos=eos, given=given
+        source=source,
+        end=end,
+        marked=has_generation_markers(source),
+        call_end=next((one for one in special if one != end and after_call.endswith(one)), None),
+        bos=bos,
+        eos=eos,
+        given=given,
     )
 
 
@@ -159,16 +170,15 @@ def _by_prefix(
 
 
 def _with_end(template: Template, text: str, span: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the span up to and with its end token; None when the token is neither in it nor right behind
-    it."""
+    """Return the span up to and with its end token; None when there is none in it or right behind it."""
     start, stop = span
-    inside = text.rfind(template.end, start, stop)
-    if inside >= 0:
-        return start, inside + len(template.end)
+    ends = [template.end] if template.call_end is None else [template.end, template.call_end]
+    inside = [found + len(end) for end in ends if (found := text.rfind(end, start, stop)) >= 0]
+    if inside:
+        return start, max(inside)
     behind = text[stop:].lstrip()
-    if behind.startswith(template.end):
-        return start, len(text) - len(behind) + len(template.end)
-    return None
+    following = next((end for end in ends if behind.startswith(end)), None)
+    return None if following is None else (start, len(text) - len(behind) + len(following))
 
 
 def _prompt(template: Template, messages: list[Message], tools: Tools) -> str:

@@ -94,7 +94,7 @@ class Account(Record, frozen=True, kw_only=True):
     examples: dict[str, list[str]]
     """Reason -> up to five `dataset row n`."""
     end_trained_rows: int
-    """Rows whose last trained token is the end token."""
+    """Rows whose last trained token ends an answer or a tool call."""
     marked_template: bool
     prompts_checked: int
     sample: list[dict[str, Any]]
@@ -223,7 +223,7 @@ def prepare(
     tally.leave_out_many("replay", len(old) - len(replayed))
     if not train:
         raise DataError("No row is left to train on.", "Give data of the new task: --data", code="no_rows")
-    end = tokenizer.convert_tokens_to_ids(template.end)
+    ends = [tokenizer.convert_tokens_to_ids(end) for end in (template.end, template.call_end) if end]
     trained = [int((row.labels != IGNORED).sum()) for row in train]
     account = Account(
         rows=len(train),
@@ -238,7 +238,7 @@ def prepare(
         supervised_max=max(trained),
         left_out=dict(tally.left_out),
         examples=tally.examples,
-        end_trained_rows=sum(int(row.labels[row.labels != IGNORED][-1] == end) for row in train),
+        end_trained_rows=sum(int(row.labels[row.labels != IGNORED][-1] in ends) for row in train),
         marked_template=template.marked,
         prompts_checked=tally.checked,
         sample=_sample(train[0], tokenizer),

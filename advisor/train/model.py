@@ -37,6 +37,8 @@ class Ending(Record, frozen=True, kw_only=True):
     end_id: int
     pad: str
     pad_id: int
+    call_end_id: int | None = None
+    """What ends a tool call, where it is another token."""
     changed: tuple[str, ...]
     """What had to be set because the files said otherwise, in plain words."""
 
@@ -173,7 +175,9 @@ def embedding_rows(model: RecipeModel) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def settle_ending(tokenizer: PreTrainedTokenizerBase, end: str, *, rows: int) -> Ending:
+def settle_ending(
+    tokenizer: PreTrainedTokenizerBase, end: str, *, rows: int, call_end: str | None = None
+) -> Ending:
     """Make `end` the tokenizer's end token and give it a padding token that is another one.
 
     A token that the model never uses is preferred for padding; a new one is added only where the embedding
@@ -184,6 +188,7 @@ def settle_ending(tokenizer: PreTrainedTokenizerBase, end: str, *, rows: int) ->
         tokenizer: changed in place.
         end: the template's end-of-turn token.
         rows: rows of the embedding.
+        call_end: what ends a tool call, where it is another token.
     """
     changed = []
     if tokenizer.eos_token != end:
@@ -202,6 +207,7 @@ def settle_ending(tokenizer: PreTrainedTokenizerBase, end: str, *, rows: int) ->
         end_id=tokenizer.convert_tokens_to_ids(end),
         pad=tokenizer.pad_token,
         pad_id=tokenizer.convert_tokens_to_ids(tokenizer.pad_token),
+        call_end_id=None if call_end is None else tokenizer.convert_tokens_to_ids(call_end),
         changed=tuple(changed),
     )
 
@@ -214,6 +220,8 @@ def apply_ending(model: PreTrainedModel, ending: Ending) -> None:
     for config in configs:
         config.eos_token_id = ending.end_id
         config.pad_token_id = ending.pad_id
+    if model.can_generate() and ending.call_end_id is not None:
+        model.generation_config.eos_token_id = [ending.end_id, ending.call_end_id]
 
 
 def _spare_token(tokenizer: PreTrainedTokenizerBase, end: str) -> str | None:

@@ -334,7 +334,7 @@ def open_tokenizer(session: Session) -> tuple[PreTrainedTokenizerBase, Template,
             f"{model.id} has no chat template and is given a plain one; answers end with {template.end!r}."
         )
         session.events.write("note", message=words)
-    ending = settle_ending(tokenizer, template.end, rows=embedding_rows(model))
+    ending = settle_ending(tokenizer, template.end, rows=embedding_rows(model), call_end=template.call_end)
     for change in ending.changed:
         session.events.write("note", message=f"Tokenizer: {change}.")
     return tokenizer, template, ending

@@ -16,14 +16,14 @@ from training import SETTINGS, rows, write_rows
 
 pytest.importorskip("torch")
 import trl
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from advisor.errors import DataError, ModelError
 from advisor.rows import to_messages
 from advisor.templates import TemplateRefusalError, end_of_turn
 from advisor.train.answers import Template, read_template, render_answers, rewritten_answers
 from advisor.train.data import IGNORED, Prepared, Row, mix, prepare, split
-from advisor.train.model import settle_ending
+from advisor.train.model import apply_ending, settle_ending
 from advisor.train.settings import SftSettings
 from advisor.types import RecipeDataset
 
@@ -126,6 +126,12 @@ def test_an_answer_that_the_template_rewrites_becomes_a_row(tokenizer: Any, tmp_
     assert len(plain.train) == 1
 
 
+CALLS_END = UNMARKED.replace(
+    "message['content'] + '<|im_end|>' -}}",
+    "message['content'] + ((message.tool_calls | tojson + '<|endoftext|>') if message.tool_calls "
+    "else '<|im_end|>') -}}",
+    1,
+)
 TOOL_ROW: dict[str, Any] = {
     "messages": [
         {"role": "user", "content": "Weather in Rome?"},
@@ -134,34 +140,62 @@ TOOL_ROW: dict[str, Any] = {
         {"role": "tool", "name": "look", "content": "sunny"},
         {"role": "assistant", "content": "It is sunny."},
     ],
-    "tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}],
+    "tools": [{"type": "function", "function": {
+        "name": "look", "description": "Looks out.", "parameters": {"type": "object"}}}],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5", "llama3_1", "gptoss", "phi3"])
 def test_templates_of_real_families_mark_thoughts_and_calls(family: str) -> None:
     """Thoughts and tool calls are part of what is trained on, questions and results of tools are not, and
-    every answer ends with the family's own end token."""
+    every answer ends with the family's own end token, a call of gpt-oss with one of its own."""
     source = (Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja").read_text(encoding="utf-8")
     end = end_of_turn(source, bos_token="<|begin|>", eos_token="<|endoftext|>")
     assert end == {"llama3_1": "<|eot_id|>", "gptoss": "<|return|>", "phi3": "<|end|>"}.get(
         family, "<|im_end|>"
     )
-    template = Template(source=source, end=end, marked=False, bos="<|begin|>", eos="<|endoftext|>")
+    call_end = "<|call|>" if family == "gptoss" else None
+    template = Template(
+        source=source, end=end, marked=False, call_end=call_end, bos="<|begin|>", eos="<|endoftext|>"
+    )
     for row, wanted in (
         ({"messages": [*CHAT[:4], THOUGHT]}, ["Yes.", "<think>"]),
         (TOOL_ROW, ["Rome", "It is sunny."]),
     ):
-        if "tools" in row and family in ("phi3", "gptoss"):
-            continue  # no form for them, and an end of its own for calls
+        if "tools" in row and family == "phi3":
+            continue  # no form for them
         said = to_messages(row, "chat", {name: name for name in row})
         whole = render_answers(template, said.messages, said.tools)
         parts = (*rewritten_answers(template, said.messages, said.tools, whole), whole)
         answers = [part.text[start:stop] for part in parts for start, stop in part.spans]
         assert len(answers) == len(wanted)
         assert all(word in answer for word, answer in zip(wanted, answers, strict=True))
-        assert all(answer.endswith(end) for answer in answers)
+        called = call_end if call_end and "tools" in row else end
+        assert answers[0].endswith(called)
+        assert answers[1].endswith(end)
         assert not any("sunny" in answer for answer in answers[:-1])
+
+
+def test_a_call_that_ends_otherwise_is_trained_on(tokenizer: Any, tmp_path: Path) -> None:
+    """Where a template ends tool calls with a token of their own, it is found, trained on, and generation
+    stops at it."""
+    tokenizer.chat_template = CALLS_END
+    template = read_template(tokenizer, "tiny")
+    assert (template.end, template.call_end) == ("<|im_end|>", "<|endoftext|>")
+    only_call = {**TOOL_ROW, "messages": TOOL_ROW["messages"][:2]}
+    path = write_rows(tmp_path / "d.jsonl", [TOOL_ROW, only_call])
+    made = prepared(tokenizer, path, kind="tool_calling", heldout_fraction=0.0)
+    assert made.account.left_out == {}
+    assert made.account.end_trained_rows == 2
+    asked, called = (trained_text(tokenizer, row) for row in made.train)
+    assert "Rome" in asked
+    assert "It is sunny." in asked
+    assert "Rome" in called
+    model = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path)
+    ending = settle_ending(tokenizer, template.end, rows=512, call_end=template.call_end)
+    apply_ending(model, ending)
+    ids = [tokenizer.convert_tokens_to_ids(end) for end in ("<|im_end|>", "<|endoftext|>")]
+    assert model.generation_config.eos_token_id == ids
 
 
 def test_all_tokens_are_trained_on_when_asked(tokenizer: Any, tmp_path: Path) -> None:
