@@ -15,6 +15,7 @@ import msgspec
 from advisor.errors import InputError, RefusedError
 from advisor.probe.software import installed_packages
 from advisor.recipe import EARLIER, recipes_of
+from advisor.recommend.situation import REWARDS
 from advisor.run.folder import create_run_folder, default_name
 from advisor.storage import write_atomic
 from advisor.types import Plan, Recipe, Scenario
@@ -22,7 +23,6 @@ from advisor.types import Plan, Recipe, Scenario
 SEED = 42
 OWN_REWARD = "own_reward.py"
 """The person's reward file in the run folder, which is moved whole."""
-REWARDS = ("reward_functions", "reward_file", "reward_model")
 
 
 def require_trainable(plan: Plan, scenario: Scenario) -> None:

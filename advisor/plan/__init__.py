@@ -115,7 +115,10 @@ def _stages(
         return (), (), ""
     changes = advice.situation.scenario.overrides
     made = {s.objective: stage_sheet(s, option, advice, option.fit, knowledge) for s in option.fit.stages}
-    own.check_names(changes, {name: sheet for name, (sheet, _) in made.items()}, option.proposal, knowledge)
+    sheets = {name: sheet for name, (sheet, _) in made.items()}
+    asked, refused = advice.situation.goal.requested_objective, advice.decision.refused_request
+    not_taken = f"{asked} was not taken: {refused}." if asked and refused else ""
+    own.check_names(changes, sheets, option.proposal, knowledge, not_taken=not_taken)
     stages, strange, over = [], [], ""
     for fitted in option.fit.stages:
         sheet, time = made[fitted.objective]

@@ -49,8 +49,11 @@ def check_names(
     sheets: Mapping[Objective, Sheet],
     proposal: Proposal,
     knowledge: Knowledge,
+    *,
+    not_taken: str = "",
 ) -> None:
-    """Refuse a setting that no stage has and no program of the plan would read.
+    """Refuse a setting that no stage has and no program of the plan would read; `not_taken` says why the
+    objective that was asked for, and may have it, is none of them.
 
     Raises:
         UnknownNameError: with the nearest valid names.
@@ -63,9 +66,10 @@ def check_names(
     for key in overrides:
         stage, _, name = key.rpartition(".")
         if stage and stage not in names:
-            raise UnknownNameError("stage", stage, names, "The stages of this plan: " + ", ".join(names))
+            stages = "The stages of this plan: " + ", ".join(names)
+            raise UnknownNameError("stage", stage, names, not_taken or stages)
         if name not in (names[stage] if stage else known):
-            raise UnknownNameError("setting", name, known, "ftadvisor explain topics")
+            raise UnknownNameError("setting", name, known, not_taken or "ftadvisor explain topics")
 
 
 def _more_keys(objective: Objective, proposal: Proposal, knowledge: Knowledge) -> dict[str, ProgramKey]:

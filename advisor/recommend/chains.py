@@ -165,7 +165,7 @@ def _too_few_prompts(situation: Situation, knowledge: Knowledge) -> Instead | No
 
 
 def _no_target(situation: Situation, knowledge: Knowledge) -> Instead | None:
-    if not situation.prompts or situation.wish("reward_function") or situation.texts:
+    if not situation.prompts or situation.marked or situation.texts:
         return None
     if situation.demos or situation.pairs or situation.unpaired or situation.answered:
         return None
@@ -207,8 +207,8 @@ def _last_stage(situation: Situation, knowledge: Knowledge) -> Last:
         return ("reward",), because(knowledge, "chain", "reward_asked")
     if situation.answered and asked in (None, "grpo", "rloo", "sft"):
         return ("rloo" if asked == "rloo" else "grpo",), because(knowledge, "chain", "verifiable")
-    if situation.prompts and situation.wish("reward_function") and not situation.pairs:
-        return ("grpo",), because(knowledge, "chain", "marked")
+    if situation.prompts and situation.marked and not situation.pairs:
+        return ("rloo" if asked == "rloo" else "grpo",), because(knowledge, "chain", "marked")
     return _from_labels(situation, knowledge, asked)
 
 
@@ -288,7 +288,7 @@ def _why_not(objective: str, situation: Situation, knowledge: Knowledge) -> tupl
     if objective == "kto":
         return ("kto_pairs" if situation.pairs else "kto_few" if situation.unpaired else "kto_none"), {}
     if objective in REINFORCEMENT:
-        possible = situation.answered or (situation.prompts and situation.pairs)
+        possible = situation.answered or (situation.prompts and (situation.pairs or situation.marked))
         return ("other_reinforcement" if possible else "needs_marks"), {}
     return objective, {}
 

@@ -33,6 +33,8 @@ DEMONSTRATIONS: frozenset[DataKind] = frozenset(
 )
 TEXT: frozenset[DataKind] = frozenset({"raw_text", "documents"})
 MEGABYTE = 1000**2
+REWARDS = ("reward_functions", "reward_file", "reward_model")
+"""Settings that name what gives marks to answers."""
 
 
 class Machine(Record, frozen=True, kw_only=True):
@@ -93,6 +95,13 @@ class Situation(Record, frozen=True, kw_only=True):
     def wish(self, name: str) -> bool:
         """True when the person asked for this constraint."""
         return name in self.goal.wishes
+
+    @property
+    def marked(self) -> bool:
+        """True when a program or a reward model gives marks to answers: so it was said, or a setting names
+        it."""
+        named = {key.rpartition(".")[2] for key in self.scenario.overrides}
+        return self.wish("reward_function") or not named.isdisjoint(REWARDS)
 
 
 def rule(knowledge: Knowledge, file: str, table: str) -> dict[str, Any]:

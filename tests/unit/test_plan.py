@@ -284,6 +284,13 @@ def test_a_wrong_override_is_a_usage_error(
     assert named in caught.value.message
 
 
+def test_a_setting_of_an_objective_that_was_not_taken_says_so() -> None:
+    """Not that its name is unknown alone, but why the objective that has it is not part of the plan."""
+    with pytest.raises(UsageError, match="reward_file") as caught:
+        plan(rows(), requested_method="grpo", overrides={"reward_file": "own.py"})
+    assert "grpo was not taken: it needs prompts" in caught.value.remedy
+
+
 @pytest.mark.parametrize(
     ("kind", "method", "setting", "value"),
     [

@@ -64,6 +64,15 @@ def test_a_goal_does_not_override_the_data() -> None:
     assert "marks the answers" in rejected(made, "grpo")
 
 
+@pytest.mark.parametrize("setting", ["reward_functions", "reward_file", "reward_model", "rloo.reward_file"])
+def test_a_named_reward_marks_the_answers(setting: str) -> None:
+    """Prompts alone are reinforced where a setting says what gives marks, without any word in the goal."""
+    asked = "rloo" if setting.startswith("rloo.") else None
+    made = plan(rows("prompts"), overrides={setting: "length"}, requested_method=asked)
+    assert (chain(made), made.verdict) == ([asked or "grpo"], "train")
+    assert plan(rows("prompts")).verdict == "dont_train_yet"
+
+
 def test_what_is_insisted_on_is_done_unless_it_is_impossible() -> None:
     """--force trains a method that was advised against, and is offered only where it would help."""
     never = rows("prompts_with_answers", 3000, baseline_pass_rate=0.0)
