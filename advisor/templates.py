@@ -249,9 +249,10 @@ def end_of_call(template: str, *, bos_token: str = "", eos_token: str = "") -> s
     None when the template refuses calls or does not show them.
     """
     call = {"type": "function", "function": {"name": "look", "arguments": {"text": _ANSWER}}}
-    turns = [
-        {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]  # fmt: skip
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": _QUESTION},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
     try:
         text = render(template, turns, bos_token=bos_token, eos_token=eos_token)
     except TemplateRefusalError:

@@ -204,28 +204,44 @@ def _own(file: Path) -> Reward:
     """Return the function `reward` of a person's own Python file.
 
     Raises:
-        InputError: there is no such file or function.
+        InputError: there is no such file or function, it fails, or what it returns is no finite number.
     """
     spec = importlib.util.spec_from_file_location("own_reward", file)
     if not file.is_file() or spec is None or spec.loader is None:
         raise InputError(f"There is no reward file {file}.", "Correct reward_file in the recipe.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:  # whatever a person's own code raises
+        raise InputError(f"{file} cannot be loaded: {_told(problem)}.", "Correct it.") from problem
     own = vars(module).get("reward")
     if not callable(own):
         raise InputError(
             f"{file} has no function reward(text, reference).", "Define it: it returns one number."
         )
 
+    def mark(text: str, answer: str | None) -> float:
+        try:
+            found = float(own(text, answer))
+        except Exception as problem:  # whatever a person's own code raises
+            raise InputError(
+                f"reward in {file} fails on the answer {text[:80]!r}: {_told(problem)}.",
+                "Correct it: reward(text, reference) returns one number.",
+            ) from problem
+        if not math.isfinite(found):
+            raise InputError(f"reward in {file} returned a mark that is not a finite number.", "Correct it.")
+        return found
+
     def reward(completions: list[Any], **columns: Any) -> list[float]:
         wanted = columns.get("reference") or [None] * len(completions)
-        marks = [float(own(_text(one), answer)) for one, answer in zip(completions, wanted, strict=True)]
-        if not all(math.isfinite(mark) for mark in marks):
-            raise InputError(f"reward in {file} returned a mark that is not a finite number.", "Correct it.")
-        return marks
+        return [mark(_text(one), answer) for one, answer in zip(completions, wanted, strict=True)]
 
     reward.__name__ = "own"
     return reward
+
+
+def _told(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}"
 
 
 def _judge(

@@ -98,6 +98,30 @@ def test_checks_that_are_none_are_named(answer: str) -> None:
         marks("checks", ["Oslo"], answer)
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def reward(text, reference:", "cannot be loaded: SyntaxError"),
+        ("import no_such_library", "cannot be loaded: ModuleNotFoundError"),
+        ("def mark(text, reference): return 1", "has no function reward"),
+        ("def reward(text): return 1", "fails on the answer 'a b': TypeError"),
+        ("def reward(text, reference): return {}[text]", "fails on the answer 'a b': KeyError"),
+        ("def reward(text, reference): return 'good'", "fails on the answer 'a b': ValueError"),
+        ("def reward(text, reference): return float('nan')", "not a finite number"),
+    ],
+)
+def test_own_code_that_fails_is_named(tmp_path: Path, code: str, words: str) -> None:
+    """Whatever the person's own file does, the error says which answer it failed on and how."""
+    file = tmp_path / "own.py"
+    file.write_text(code)
+    chosen = ReinforcementSettings(
+        learning_rate=1e-5, micro_batch=4, effective_batch=4, max_seq_len=64, reward_file=str(file)
+    )
+    with pytest.raises(InputError, match=words) as caught:
+        rewards_of(None, chosen, None, None, answered=False)[0](completions=["a b"])  # type: ignore[arg-type]
+    assert str(file) in caught.value.message
+
+
 def planned(folder: Path, model: Path, data: Path, *, kind: str, **overrides: Any) -> Path:
     """Plan reinforcement on a real model and file, and write the run folder."""
     usual = {"max_steps": 1, "micro_batch": 8, "effective_batch": 8, "max_completion_length": 8}
