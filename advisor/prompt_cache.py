@@ -6,6 +6,7 @@ evaluated, read from a file or computed and written. Never does: grow without en
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 from pathlib import Path
@@ -34,16 +35,19 @@ def start_with(
     rules = load().rules["running"]["prompt_cache"]
     if len(tokens) < rules["from_tokens"]:
         return False
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_key(gguf, tokens, running, adapters)}.state"
     if path.is_file() and _read(model, path, tokens):
-        path.touch()
+        with contextlib.suppress(OSError):  # a cache that cannot be written is read all the same
+            path.touch()
         return True
-    path.unlink(missing_ok=True)
     model.eval(tokens)
-    _write(model, path, tokens)
-    for old in sorted(folder.glob("*.state"), key=lambda file: -file.stat().st_mtime)[rules["files"] :]:
-        old.unlink(missing_ok=True)
+    # Where nothing can be kept, the next start computes it again, and this one goes on.
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        _write(model, path, tokens)
+        for old in sorted(folder.glob("*.state"), key=lambda file: -file.stat().st_mtime)[rules["files"] :]:
+            old.unlink(missing_ok=True)
     return False
 
 

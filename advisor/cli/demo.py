@@ -105,7 +105,7 @@ def demo(out: Path | None, *, as_json: bool) -> None:
     base = export_model(starter, quants=("F16",), out=folder / "base", offline=True, on_progress=say)
     clock.lap("export")
     proofs = prove(exported, folder, offline=True, quiet=as_json)
-    exported, _ = describe(exported, folder, proofs)
+    exported, rows = describe(exported, folder, proofs)
     clock.lap("verify")
     tuned_file = next(file.path for file in exported.files if file.quant == QUANTS[-1])
     answer = _compare(
@@ -119,7 +119,7 @@ def demo(out: Path | None, *, as_json: bool) -> None:
         print_text(render.report(report))
         if report.evaluation is not None:
             print_text(measured.evaluation(report.evaluation))
-        print_text(render.export(exported, proofs))
+        print_text(render.export(exported, proofs, rows))
         _show(answer)
     if not answer.ok:
         if as_json:

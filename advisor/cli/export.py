@@ -10,16 +10,17 @@ import msgspec
 
 from advisor.cli import options
 from advisor.cli.output import notifier, print_json, print_text
-from advisor.errors import VerificationError
+from advisor.errors import DiskError, VerificationError
 from advisor.export import export_model
 from advisor.export.files import proof_file
 from advisor.export.importance import Importance
+from advisor.export.modelfile import name_file
 from advisor.export.record import EXPORT, read_export
 from advisor.intake import own_cache_dir
 from advisor.knowledge import load
 from advisor.run.launch import require_installed
 from advisor.run.page import write_page
-from advisor.storage import read_record
+from advisor.storage import file_sha256, read_record, write_json
 from advisor.types import Export, ExportedFile, ExportPlan, FileRow, Plan, Verification
 from advisor.verify import heldout_rows, keep_proof, verify_gguf
 from advisor.verify.card import write_card
@@ -146,11 +147,34 @@ def describe(
     whole = msgspec.structs.replace(made, files=(*made.files, *made.kept))
     proofs = (*proofs, *_proofs(made.kept))
     rows = file_table(whole, proofs, _plan_of(source), load())
+    made = _modelfile_of_best(made, rows)
+    whole = msgspec.structs.replace(made, files=(*made.files, *made.kept))
     if rows:
         card = write_card(Path(rows[0].path).parent, whole, rows, proofs, _plan_of(source))
         made = msgspec.structs.replace(made, files=(*made.files, card))
-    write_page(source)
+    try:
+        write_page(source)
+    except DiskError as problem:  # the files may lie where there is room, and their run where there is none
+        note = f"the report of the run does not tell of these files: {problem.message}"
+        made = msgspec.structs.replace(made, notes=(*made.notes, note))
     return made, rows
+
+
+def _modelfile_of_best(made: Export, rows: Sequence[FileRow]) -> Export:
+    """Let the Modelfile name the recommended file, which only the proofs could tell."""
+    best = next((Path(row.path) for row in rows if row.recommended), None)
+    found = next((file for file in (*made.files, *made.kept) if file.kind == "modelfile"), None)
+    if best is None or found is None:
+        return made
+    path = Path(found.path)
+    name_file(path, best.name)
+    new = msgspec.structs.replace(found, bytes=path.stat().st_size, sha256=file_sha256(path))
+    files, kept = (
+        tuple(new if file is found else file for file in group) for group in (made.files, made.kept)
+    )
+    made = msgspec.structs.replace(made, files=files, kept=kept)
+    write_json(path.with_name(EXPORT), made)
+    return made
 
 
 def describe_again(source: Path) -> None:

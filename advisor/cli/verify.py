@@ -9,6 +9,7 @@ import click
 from advisor.cli import options
 from advisor.cli.export import describe_again
 from advisor.cli.output import notifier, print_json, print_text
+from advisor.errors import DiskError
 from advisor.verify import heldout_rows, keep_proof, verify_gguf
 
 
@@ -20,17 +21,21 @@ from advisor.verify import heldout_rows, keep_proof, verify_gguf
 @options.as_json
 def verify(gguf: Path, against: Path, prefix: Path | None, *, offline: bool, as_json: bool) -> None:
     """Prove that a GGUF file answers as the trained model does; exit 1 when it does not."""
+    notify = notifier(quiet=as_json)
     proof = verify_gguf(
         gguf,
         against=against,
         rows=heldout_rows(against),
         prefix=prefix,
         offline=offline,
-        on_progress=notifier(quiet=as_json),
+        on_progress=notify,
     )
     if gguf.resolve().parent == (against / "export").resolve():
-        keep_proof(proof)
-        describe_again(against)
+        try:
+            keep_proof(proof)
+            describe_again(against)
+        except DiskError as problem:  # what was proved holds, kept or not
+            notify(f"the proof is not kept: {problem.message}")
     if as_json:
         print_json(proof)
     else:

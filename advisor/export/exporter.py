@@ -34,7 +34,7 @@ from advisor.export.importance import Importance
 from advisor.export.lora_file import check_lora, write_lora
 from advisor.export.merged import Merged, open_merged
 from advisor.export.merged_folder import merged_bytes, write_merged
-from advisor.export.modelfile import modelfile
+from advisor.export.modelfile import has_template, modelfile
 from advisor.export.native import run_llama
 from advisor.export.official import Conversion, needs_converter
 from advisor.export.prefix_file import write_prefix
@@ -54,6 +54,10 @@ Progress = Callable[[str], None]
 _PREFIX_NOTE = (
     "the GGUF is the base; the training is in {file}, a sequence state that llama-cpp-python loads "
     "(ftadvisor chat does): keep both files together. Any other program answers as before the training"
+)
+_TEMPLATE_NOTE = (
+    "the Modelfile leaves the chat template to Ollama, whose older releases know those of common models "
+    "alone: compare its first answers with those of ftadvisor chat"
 )
 
 
@@ -242,6 +246,7 @@ def _export(
         files += made
         if "modelfile" in targets:
             files.append(_write_modelfile(job, made, vocabulary))
+            notes += [] if has_template(vocabulary, _tokenizer_settings(job)) else [_TEMPLATE_NOTE]
     if adapter is not None:
         files.append(_write_lora(job, adapter))
     return files, notes
@@ -368,10 +373,14 @@ def _write_modelfile(job: Job, made: list[ExportedFile], vocabulary: Vocabulary)
     """Write an Ollama Modelfile for the preferred one of the files."""
     order = rules().quantisations.preferred
     best = min(made, key=lambda file: order.index(str(file.quant)))
-    settings = optional_json(Path(job.trained.tokenizer) / "tokenizer_config.json")
+    settings = _tokenizer_settings(job)
     path = job.out / "Modelfile"
     write_atomic(path, modelfile(Path(best.path).name, vocabulary, settings).encode())
     return _file(path, "modelfile", quant=None, found=None)
+
+
+def _tokenizer_settings(job: Job) -> dict[str, Any]:
+    return optional_json(Path(job.trained.tokenizer) / "tokenizer_config.json")
 
 
 def _file(path: Path, kind: Any, *, quant: str | None, found: Contents | None) -> ExportedFile:

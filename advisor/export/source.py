@@ -70,8 +70,15 @@ def find_trained(source: Path, *, offline: bool, on_progress: Callable[[str], No
         found = find_trained(source / "adapter", offline=offline, on_progress=on_progress)
         return msgspec.structs.replace(found, name=_file_name(source), folder=str(source))
     if (source / "adapter_config.json").is_file():
-        named = read_json(source / "adapter_config.json").get("base_model_name_or_path")
-        base = _base(RecipeModel(id=str(named)), source, offline=offline, on_progress=on_progress)
+        config = read_json(source / "adapter_config.json")
+        named = config.get("base_model_name_or_path")
+        if not named:
+            raise ModelError(
+                f"{source / 'adapter_config.json'} names no base model.",
+                "Write its folder or hub id there: base_model_name_or_path",
+            )
+        model = RecipeModel(id=named, revision=config.get("revision"))
+        base = _base(model, source, offline=offline, on_progress=on_progress)
         return _trained(source, base=base, adapter=source, folder=source)
     if (source / "config.json").is_file():
         return _trained(source, base=source, adapter=None, folder=source)
@@ -131,10 +138,12 @@ def _base(model: RecipeModel, near: Path, *, offline: bool, on_progress: Callabl
         for place in (Path(text), near / text):
             if (place / "config.json").is_file():
                 return place
-    if model.path is not None and model.path != model.id and Path(model.path).is_absolute():
+    where = "model.path in recipe.yaml" if model.path else "base_model_name_or_path in adapter_config.json"
+    given = model.path or model.id
+    if Path(given).is_absolute():
         raise ModelError(
-            f"The base model of this adapter was in {model.path}, which is not there any more.",
-            "Put it back, or correct model.path in recipe.yaml.",
+            f"The base model of this adapter was in {given}, which is not there any more.",
+            f"Put it back, or correct {where}.",
         )
     on_progress(f"looking for the base model {model.id}")
     return fetch_model(model.id, revision=model.revision, offline=offline).path

@@ -107,6 +107,12 @@ def test_a_moved_run_folder_still_works(demo: tuple[Path, dict[str, object]], tm
     said = json.loads(ftadvisor("chat", str(gguf), "--prompt", "Hello!", "--json", cwd=tmp_path).stdout)
     assert said["answers"][str(gguf)].startswith("Ahoy")
     assert "learning_rate" in ftadvisor("explain", str(moved), cwd=tmp_path).stdout
+    (moved / "report.html").unlink()
+    (moved / "report.html").mkdir()  # nothing can be written there
+    more = ("--quant", "Q8_0", "--no-verify", "--out", "more", "--json")
+    made = json.loads(ftadvisor("export", str(moved), *more, cwd=tmp_path).stdout)["export"]
+    assert (tmp_path / made["files"][0]["path"]).is_file()
+    assert "the report of the run does not tell of these files" in made["notes"][-1]
 
 
 def test_verify_fails_for_another_model(demo: tuple[Path, dict[str, object]]) -> None:

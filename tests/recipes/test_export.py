@@ -22,6 +22,7 @@ from advisor.cli.main import run
 from advisor.errors import AdvisorError, ExportError, InputError, ModelError, UsageError
 from advisor.export import export_model
 from advisor.export.native import run_llama
+from advisor.storage import file_sha256
 from advisor.types import Check, Export, Verification
 from advisor.verify import heldout_rows, verify_gguf
 from tiny import make_tiny_model
@@ -165,16 +166,18 @@ def test_command_compares_the_files_and_writes_a_card(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of the files is recommended by what was measured; the card beside them says the same."""
-    assert (
-        run(["export", str(models["llama-tied"]), "--quant", "F16,Q4_K_M", "--out", str(tmp_path), "--json"])
-        == 0
-    )
+    wanted = ("--to", "gguf,modelfile", "--quant", "F16,Q4_K_M", "--out", str(tmp_path), "--json")
+    assert run(["export", str(models["llama-tied"]), *wanted]) == 0
     answer = json.loads(capsys.readouterr().out)
     rows = {row["quant"]: row for row in answer["table"]}
     assert [rows[quant]["recommended"] for quant in ("F16", "Q4_K_M")] == [True, False]
     assert abs(rows["F16"]["perplexity_change"]) < abs(rows["Q4_K_M"]["perplexity_change"])
     assert rows["F16"]["tokens_per_second"] > 1
+    modelfile = tmp_path / "Modelfile"
+    assert modelfile.read_text().startswith("FROM ./llama-tied-F16.gguf\nPARAMETER stop")
     card = (tmp_path / "README.md").read_text()
+    assert f"`Modelfile`: `{file_sha256(modelfile)}`" in card
+    assert file_sha256(modelfile) in (tmp_path / "export.json").read_text()
     assert "**llama-tied-F16.gguf** (recommended)" in card
     assert rows["Q4_K_M"]["path"].rpartition("/")[2] in card
     assert answer["export"]["files"][-1]["kind"] == "card"
@@ -212,6 +215,11 @@ def test_second_export_keeps_what_is_still_of_the_model(
     assert list(rows) == ["Q8_0"]
     (folder / "chat_template.jinja").write_text((folder / "chat_template.jinja").read_text() + " ")
     assert list(export("Q4_K_M", "--no-verify")[0]) == ["Q4_K_M"]
+    (out / "moved-Q4_K_M.verification.json").mkdir()  # nothing can be written there
+    assert run(["verify", str(out / "moved-Q4_K_M.gguf"), "--against", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert "PROVED" in said.out
+    assert "the proof is not kept: Cannot write" in said.err
 
 
 # --- faults planted into files -----------------------------------------------------------------------

@@ -142,6 +142,9 @@ def test_long_system_prompt_is_kept_for_the_next_start(gguf: Path, tmp_path: Pat
     session = ChatSession(gguf, system=system, max_tokens=12, prompt_cache=tmp_path)
     assert ("".join(session.reply("Hello")), session.reused_prompt) == (answers[0], False)
     session.close()
+    session = ChatSession(gguf, system=system, max_tokens=12, prompt_cache=file / "below a file")
+    assert "".join(session.reply("Hello")) == answers[0], "where nothing can be kept, it is computed"
+    session.close()
 
 
 def test_cache_of_eight_bits_answers(gguf: Path) -> None:

@@ -21,6 +21,7 @@ from advisor.export.checkpoint import open_checkpoint, read_json
 from advisor.export.encode import Type, encode_rows, type_for
 from advisor.export.files import complete_file, complete_folder, need_space
 from advisor.export.modelfile import modelfile
+from advisor.export.source import find_trained
 from advisor.export.tokenizer import CONTROL, UNUSED, USER_DEFINED, read_vocabulary
 from advisor.gguf_rules import checked_quants, rules
 from families import write_pieces
@@ -407,6 +408,37 @@ def test_damaged_checkpoints_are_named(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="model-00001-of-00002"):
         open_checkpoint(folder)
+
+
+def test_adapter_belongs_to_the_base_that_it_names(folder: Path, tmp_path: Path) -> None:
+    """Of a base on the hub the pinned revision is taken; one that is not named, or gone, is told."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    commits = ("a" * 40, "b" * 40)
+    store = tmp_path / "home" / "hub" / "models--owner--model"
+    for commit in commits:
+        make_tiny_model(store / "snapshots" / commit)
+    (store / "refs").mkdir()
+    (store / "refs" / "main").write_text(commits[1])
+    code = (
+        "import sys; from pathlib import Path; from advisor.export.source import find_trained\n"
+        "print(find_trained(Path(sys.argv[1]), offline=True, on_progress=lambda _: None).base)"
+    )
+    named = {"base_model_name_or_path": "owner/model", "revision": commits[0]}
+    (adapter / "adapter_config.json").write_text(json.dumps(named))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    command = [sys.executable, "-c", code, str(adapter)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip().endswith(commits[0])
+    for base, told in ((None, "names no base model"), (str(tmp_path / "gone"), "not there any more")):
+        _edit(adapter / "adapter_config.json", base_model_name_or_path=base)
+        with pytest.raises(ModelError, match=told) as caught:
+            find_trained(adapter, offline=True, on_progress=lambda _: None)
+        assert "base_model_name_or_path" in caught.value.remedy
 
 
 def test_export_loads_no_torch() -> None:
