@@ -16,7 +16,7 @@ import tomli
 from advisor.chat import ChatSession
 from advisor.cli import options
 from advisor.cli.export import describe, prove
-from advisor.cli.output import notifier, print_json, print_text
+from advisor.cli.output import notifier, print_json, print_next, print_text
 from advisor.cli.planning import require_trainable, write_plan
 from advisor.cli.run import train
 from advisor.errors import VerificationError
@@ -197,6 +197,5 @@ def _show(answer: DemoAnswer) -> None:
         f"  held-out prompts: {answer.voice_before:.0%} before, {answer.voice_after:.0%} after (measured)",
         f"  general prompts: {answer.general_before:.0%} right before, {answer.general_after:.0%} after",
         "Time: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in answer.seconds.items()),
-        f"Next: ftadvisor chat {answer.gguf}",
-        f"      open {answer.folder}/report.html in a browser",
     )
+    print_next(f"ftadvisor chat {answer.gguf}", f"open {answer.folder}/report.html in a browser")

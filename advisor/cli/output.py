@@ -30,6 +30,15 @@ def print_text(*parts: RenderableType) -> None:
         console.print(part)
 
 
+def print_next(*lines: str) -> None:
+    """Print what to do next; a command is never broken into lines, so that it can be copied."""
+    from advisor.ui.console import make_console
+
+    console = make_console()
+    for head, line in zip(("Next: ", *["      "] * len(lines)), lines, strict=False):
+        console.print(f"{head}{line}", soft_wrap=True)
+
+
 def notifier(*, quiet: bool) -> Callable[[str], None]:
     """Return a function that tells on standard error what is being done; it says nothing when `quiet`."""
     if quiet:

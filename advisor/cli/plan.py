@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from advisor.cli import options
-from advisor.cli.output import Envelope, notifier, print_json, print_text
+from advisor.cli.output import Envelope, notifier, print_json, print_next, print_text
 from advisor.cli.planning import require_trainable, write_plan
 from advisor.inputs import Inputs, declared, require_files
 from advisor.knowledge import Knowledge, load
@@ -51,7 +51,8 @@ def plan(out: Path | None, *, dry_run: bool, expert: bool, as_json: bool, **wish
         require_trainable(made, case)
         folder = write_plan(made, out, datetime.now())
         if not as_json:
-            print_text(f"Written to {folder}", f"Next: ftadvisor run {folder}")
+            print_text(f"Written to {folder}")
+            print_next(f"ftadvisor run {folder}")
     if as_json:
         print_json(made)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from advisor.cli import options
-from advisor.cli.output import print_json, print_text
+from advisor.cli.output import print_json, print_next, print_text
 from advisor.run.harness import Tasks, check_tasks, with_tasks
 from advisor.run.ladder import CONSENT
 from advisor.run.page import write_page
@@ -71,7 +71,7 @@ def run(
         done = f"ftadvisor chat {folder}" if apart else f"ftadvisor export {folder}"
         if report.program in ("classify", "reward"):
             done = f"{folder}/report.html says how to load it; it writes no text, so there is no GGUF of it"
-        print_text(f"Next: {done if report.ok else again}")
+        print_next(done if report.ok else again)
     if not report.ok:
         raise click.exceptions.Exit(1)
 

@@ -10,7 +10,7 @@ import msgspec
 
 from advisor.cli import options
 from advisor.cli.export import export_and_prove
-from advisor.cli.output import notifier, print_json, print_text
+from advisor.cli.output import notifier, print_json, print_next, print_text
 from advisor.cli.planning import write_plan
 from advisor.cli.run import train
 from advisor.errors import UsageError
@@ -78,12 +78,12 @@ def wizard(answers: Path | None, out: Path | None, *, expert: bool, offline: boo
     folder = write_plan(made, out, datetime.now())
     print_text(f"Written to {folder}")
     if decision == "write":
-        print_text(f"Next: ftadvisor run {folder}")
+        print_next(f"ftadvisor run {folder}")
         return
     print_text(render.report(train(folder, resume=False, offline=offline, quiet=False)))
     exported, _ = export_and_prove(folder, offline=offline)
     files = [file.path for file in exported.files if file.kind == "gguf"]
-    print_text(f"Next: ftadvisor chat {files[-1] if files else folder}")
+    print_next(f"ftadvisor chat {files[-1] if files else folder}")
 
 
 def _replay(
@@ -106,7 +106,9 @@ def _replay(
         print_json(WizardAnswer(folder=str(folder) if folder else None, plan=made))
         return
     show_plan(made, given, expert=expert)
-    print_text(f"Written to {folder}\nNext: ftadvisor run {folder}" if folder else "Nothing was written.")
+    print_text(f"Written to {folder}" if folder else "Nothing was written.")
+    if folder:
+        print_next(f"ftadvisor run {folder}")
 
 
 def _show_understood(goal: str, questioned: set[str], knowledge: Knowledge) -> None:

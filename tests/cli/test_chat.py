@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from terminal import ENTER, Terminal
 
 from advisor.cli.main import run
+from advisor.cli.output import print_next
 from advisor.export import export_model
 from tiny import make_tiny_model
 
@@ -87,3 +88,10 @@ def test_memory_that_is_not_set_aside_is_told(gguf: Path, capsys: pytest.Capture
     """More context than the model was trained on is not given, and one is told so."""
     assert run(["chat", str(gguf), "--context", "100000", "--prompt", "Hello", "--max-tokens", "2"]) == 0
     assert "more are not set aside" in capsys.readouterr().err
+
+
+def test_command_to_copy_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """However long its path is, what comes next is not broken into lines."""
+    command = f"ftadvisor chat {'runs of last year/' * 20}tea.gguf"
+    print_next(command, "open report.html")
+    assert capsys.readouterr().out == f"Next: {command}\n      open report.html\n"
