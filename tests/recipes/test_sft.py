@@ -23,7 +23,7 @@ from advisor.run.events import read_events
 from advisor.storage import read_record
 from advisor.types import Program, Recipe
 from advisor.verify import heldout_rows, verify_gguf
-from training import SETTINGS, make_run, run_here
+from training import LORA, SETTINGS, make_run, run_here
 
 torch = pytest.importorskip("torch")
 from transformers import AutoModelForCausalLM  # noqa: E402 - after the check that it is installed
@@ -335,3 +335,22 @@ def test_what_four_bits_cost_is_measured(trained: Any, tmp_path: Path) -> None:
     assert before != after
     assert abs(before - after) < 0.2
     assert int(found.measured["tokens"] or 0) > 20
+
+
+def test_a_4_bit_training_is_merged_into_the_weights_as_stored(
+    trained: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The exported model is the untouched base with the adapter's change: no weight has seen 4 bits."""
+    run_folder = trained["qlora"].folder
+    export_model(run_folder, to=("merged",), out=tmp_path, offline=True)
+    base, merged = (
+        load_file(tiny_model / "model.safetensors"),
+        load_file(next(tmp_path.rglob("*.safetensors"))),
+    )
+    adapter = load_file(run_folder / "adapter" / "adapter_model.safetensors")
+    scale = LORA["lora_alpha"] / LORA["lora_r"]
+    assert base.keys() == merged.keys()
+    for name, stored in base.items():
+        lora = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        change = scale * adapter[f"{lora}B.weight"] @ adapter[f"{lora}A.weight"] if "proj" in name else 0.0
+        assert np.abs(merged[name] - (stored + change)).max() < 1e-6, name

@@ -260,12 +260,13 @@ def test_a_copied_model_uses_its_own_adapters(tiny_model: Path) -> None:
 def test_what_would_be_silently_wrong_cannot_be_run(
     tuner: str, changes: dict[str, Any], word: str, tmp_path: Path
 ) -> None:
-    """The recipe is refused before a model is loaded, with the reason and what to do instead."""
+    """The run ends before a model is loaded, with the reason and what to do instead."""
     folder = make_run(tmp_path / "run", tuner=tuner, model=tmp_path, data=tmp_path, **changes)
-    recipe = read_record(folder / "recipe.yaml", Recipe)
-    with pytest.raises(RefusedError, match=word) as caught:
-        read_settings(recipe, SftSettings, cuda=False)
-    assert caught.value.remedy
+    assert run_here(folder) == 1
+    (error,) = events_of(folder, "error")
+    assert error["kind"] == "RefusedError"
+    assert word in error["message"]
+    assert error["remedy"]
 
 
 def test_added_biases_are_exported(done: Any, tmp_path: Path) -> None:
