@@ -118,15 +118,10 @@ def export_model(
     _refuse_a_head(trained)
     place = out or Path(trained.folder) / "export"
     if needs_converter(trained.config) and targets == ("gguf",):
-        if importance is not None:
-            raise ExportError(
-                "An importance matrix is not for architectures that llama.cpp's own converter writes.",
-                "Leave --imatrix out.",
-            )
         if trained.adapter is not None:
             check_merges(Path(trained.adapter))
         converter = find_converter(llama_cpp, cache=cache or place, offline=offline, on_progress=on_progress)
-        return _convert(source, trained, converter, wanted, place, on_progress)
+        return _convert(source, trained, converter, wanted, importance, place, on_progress)
     adapter = None if trained.adapter is None else open_adapter(Path(trained.adapter))
     config = trained.config
     merged = open_merged(Path(trained.base), adapter, config)
@@ -144,6 +139,7 @@ def _convert(
     trained: Trained,
     converter: Path,
     quants: tuple[str, ...],
+    importance: Importance | None,
     out: Path,
     on_progress: Progress,
 ) -> Export:
@@ -151,19 +147,23 @@ def _convert(
     folders = Path(trained.tokenizer), Path(trained.base)
     vocabulary = read_vocabulary(*folders, rows=vocabulary_rows(trained.config))
     work = Conversion(
-        trained=trained, vocabulary=vocabulary, converter=converter, out=out, on_progress=on_progress
-    )
+        trained=trained, vocabulary=vocabulary, converter=converter, out=out, importance=importance,
+        on_progress=on_progress,
+    )  # fmt: skip
 
     def path_of(quant: str) -> Path:
         return out / f"{trained.name}-{quant}.gguf"
 
+    mixed = rules().quantisations.through_llama if importance is not None else ()
     files = [
-        _file(path_of(quant), "gguf", quant=quant, found=found)
+        msgspec.structs.replace(
+            _file(path_of(quant), "gguf", quant=quant, found=found), importance=quant in mixed
+        )
         for quant, found in work.write(quants, path_of)
     ]
     note = "written by llama.cpp's own converter, with the tokenizer as it was trained"
     made = Export(source=str(source), files=tuple(files), notes=(*vocabulary.notes, note))
-    return write_record(out, made, trained, None, on_progress)
+    return write_record(out, made, trained, importance, on_progress)
 
 
 def _refuse_a_head(trained: Trained) -> None:

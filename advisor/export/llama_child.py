@@ -44,7 +44,8 @@ def choose(request: dict[str, Any]) -> dict[str, Any]:
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quant}")
         params.dry_run = True
         if request["importance"]:
-            params.imatrix = _some_importance()
+            # Which types are chosen depends on there being one, not on what is in it.
+            params.imatrix = _importance({"none": np.ones(1)})
         code = llama_cpp.llama_model_quantize(request["source"].encode(), b"", ctypes.byref(params))
         if code != 0:
             raise RuntimeError("".join(said[-4:]).strip() or f"llama_model_quantize returned {code}")
@@ -53,11 +54,29 @@ def choose(request: dict[str, Any]) -> dict[str, Any]:
     return {"types": chosen}
 
 
-def _some_importance() -> Any:
-    """Return an importance matrix of nothing: that there is one is all that a choice of types depends on."""
-    entries = (llama_cpp.llama_model_imatrix_data * 2)()
-    _KEPT.append((ctypes.c_float * 1)(1.0))
-    entries[0].name, entries[0].data, entries[0].size = b"none", _KEPT[-1], 1
+def quantise(request: dict[str, Any]) -> dict[str, Any]:
+    """Write a quantised copy of a file."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request['quant']}")
+    params.nthread = request["threads"]
+    if "importance" in request:
+        with np.load(request["importance"]) as stored:
+            params.imatrix = _importance({name: stored[name] for name in stored.files})
+        params.kv_overrides = _entries(request["notes"])
+    source, target = request["source"].encode(), request["target"].encode()
+    code = llama_cpp.llama_model_quantize(source, target, ctypes.byref(params))
+    if code != 0:
+        raise RuntimeError(f"llama_model_quantize returned {code}")
+    return {}
+
+
+def _importance(columns: dict[str, Any]) -> Any:
+    """Return an importance matrix as llama.cpp takes it, the last entry empty."""
+    entries = (llama_cpp.llama_model_imatrix_data * (len(columns) + 1))()
+    for entry, (name, values) in zip(entries, columns.items(), strict=False):
+        _KEPT.append(np.ascontiguousarray(values, dtype=np.float32))
+        entry.name, entry.size = name.encode(), len(values)
+        entry.data = _KEPT[-1].ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     return entries
 
 
@@ -65,16 +84,17 @@ _KEPT: list[Any] = []
 """Arrays that llama.cpp reads."""
 
 
-def quantise(request: dict[str, Any]) -> dict[str, Any]:
-    """Write a quantised copy of a file."""
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request['quant']}")
-    params.nthread = request["threads"]
-    source, target = request["source"].encode(), request["target"].encode()
-    code = llama_cpp.llama_model_quantize(source, target, ctypes.byref(params))
-    if code != 0:
-        raise RuntimeError(f"llama_model_quantize returned {code}")
-    return {}
+def _entries(notes: dict[str, int | str]) -> Any:
+    """Return metadata as llama.cpp takes it, the last entry empty; it keeps 127 bytes of a text."""
+    made = (llama_cpp.llama_model_kv_override * (len(notes) + 1))()
+    for entry, (key, value) in zip(made, notes.items(), strict=False):
+        entry.key = key.encode()
+        if isinstance(value, int):
+            entry.tag, entry.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        else:
+            text = value.encode()[:127].decode(errors="ignore")
+            entry.tag, entry.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, text.encode()
+    return made
 
 
 def inspect(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

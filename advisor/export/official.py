@@ -1,7 +1,7 @@
 """Exports what is not known here through llama.cpp's own converter; the tokenizer is still read here.
 
-Goes in: a model folder (merged by peft first where there is an adapter). Comes out: GGUF files. Never does:
-believe them: they are verified as all others.
+Goes in: a model folder (merged by peft first where there is an adapter), the importance of its columns. Comes
+out: GGUF files. Never does: believe them: they are verified as all others.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
 from advisor.errors import DiskError, ExportError, MissingPackageError
 from advisor.export.checkpoint import open_checkpoint
 from advisor.export.encode import Type
 from advisor.export.files import complete_file, need_space
 from advisor.export.gguf_file import Contents, add_vocabulary, contents
+from advisor.export.importance import Importance
 from advisor.export.native import run_llama
 from advisor.export.source import Trained
 from advisor.export.tokenizer import Vocabulary
@@ -69,6 +71,7 @@ class Conversion:
     vocabulary: Vocabulary
     converter: Path
     out: Path
+    importance: Importance | None
     on_progress: Callable[[str], None]
 
     def write(self, quants: tuple[str, ...], path_of: Callable[[str], Path]) -> list[tuple[str, Contents]]:
@@ -102,24 +105,57 @@ class Conversion:
         start = _STORED.get(kinds.pop(), "F32") if len(kinds) == 1 else "F32"
         with tempfile.TemporaryDirectory(dir=self.out, prefix=".convert-") as place:
             first = Path(place) / "first.gguf"
-            self._convert(model, start, first)
-            run_llama({"do": "quantise", "source": str(first), "target": str(file), "quant": quant})
+            origins = self._convert(model, start, first)
+            request: dict[str, Any] = {
+                "do": "quantise", "source": str(first), "target": str(file), "quant": quant,
+            }  # fmt: skip
+            if self.importance is not None:
+                columns = Path(place) / "importance.npz"
+                np.savez(columns, **self._columns(self.importance, origins))
+                request |= {"importance": str(columns), "notes": self.importance.metadata()}
+            run_llama(request)
 
-    def _convert(self, model: Path, quant: str, file: Path) -> None:
+    def _columns(self, importance: Importance, origins: dict[str, str]) -> dict[str, Any]:
+        """Return the measured columns by the names of the file's tensors.
+
+        Raises:
+            ExportError: nothing that was measured is in the file.
+        """
+        found = {
+            tensor: importance.columns[origin]
+            for tensor, origin in origins.items()
+            if origin in importance.columns and tensor.endswith(".weight")
+        }
+        if not found:
+            raise ExportError(
+                "llama.cpp's converter names no parameter whose importance was measured.",
+                "Leave --imatrix out.",
+            )
+        used = {origins[tensor] for tensor in found}
+        if used < set(importance.columns):
+            missing = len(set(importance.columns) - used)
+            self.on_progress(f"the importance of {missing} of {len(importance.columns)} matrices is not used")
+        return found
+
+    def _convert(self, model: Path, quant: str, file: Path) -> dict[str, str]:
+        """Write a file without mixtures; return tensor -> the parameter that it was made of."""
         written = _Recorder()
         add_vocabulary(written, self.vocabulary)
         with tempfile.TemporaryDirectory(prefix="ftadvisor-") as place:
-            request = Path(place, "request.json")
+            request, origins = Path(place, "request.json"), Path(place, "origins.json")
             request.write_text(
                 json.dumps(
                     {
                         "converter": str(self.converter), "model": str(model), "file": str(file),
                         "type": quant.lower(), "name": self.trained.name, "vocabulary": written.calls,
+                        "origins": str(origins),
                     }
                 ),
                 encoding="utf-8",
             )  # fmt: skip
             _run([str(_CHILD), str(request)], "llama.cpp's converter")
+            named: dict[str, str] = json.loads(origins.read_text(encoding="utf-8"))
+            return named
 
 
 def file_contents(path: Path) -> Contents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 
 from advisor.errors import ExportError, UsageError
 from advisor.export import export_model
-from advisor.export.converter import _unpack, contents_sha256, find_converter
+from advisor.export.converter import PROGRAM, _unpack, contents_sha256, find_converter
 from advisor.verify import verify_gguf
 from tiny import make_tiny_model
 
@@ -92,8 +93,6 @@ def test_only_the_converter_is_unpacked(tmp_path: Path) -> None:
 
 def test_changed_copy_is_not_used(tmp_path: Path) -> None:
     """A kept converter is run as it was fetched, or not at all."""
-    import importlib.metadata
-
     version = importlib.metadata.version("llama-cpp-python")
     kept = tmp_path / f"converter-{version}"
     _unpack(_archive(tmp_path / "a.tar.gz", ("convert_hf_to_gguf.py", "conversion/base.py")), kept)
@@ -105,28 +104,67 @@ def test_changed_copy_is_not_used(tmp_path: Path) -> None:
         find_converter(None, cache=tmp_path, offline=True, on_progress=_silent)
 
 
+def _checkout() -> Path | None:
+    """Return sources of llama.cpp with the converter: what was named, or what uv compiled and still keeps."""
+    if named := os.environ.get("FTADVISOR_LLAMA_CPP"):
+        return Path(named)
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uv"
+    version = importlib.metadata.version("llama-cpp-python")
+    kept = f"sdists-*/pypi/llama-cpp-python/{version}/*/src/vendor/llama.cpp/{PROGRAM}"
+    found = Path(os.environ.get("UV_CACHE_DIR") or usual).glob(kept)
+    return next((path.parent for path in found), None)
+
+
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "FTADVISOR_LLAMA_CPP" not in os.environ,
-    reason="FTADVISOR_LLAMA_CPP names no checkout of llama.cpp, whose converter this needs",
-)
 def test_other_architecture_is_converted_and_proved(tmp_path: Path) -> None:
-    """An architecture that is not written here comes out right, tokenizer and adapter included."""
+    """An adapter on an architecture not written here, in four bits by an importance matrix, is right."""
+    checkout = _checkout()
+    if checkout is None:
+        pytest.skip("uv keeps no sources of llama-cpp-python, and FTADVISOR_LLAMA_CPP names no checkout")
+    import gguf
+    import peft
     import transformers
 
+    from advisor.export.encode import encode_rows
+    from advisor.verify.importance import measure_importance
+    from families import randomise
     from methods import METHODS, make_adapter
 
     folder = make_tiny_model(tmp_path / "model")
     made = transformers.StableLmConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, eos_token_id=2,
     )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(made).save_pretrained(folder)
-    checkout = Path(os.environ["FTADVISOR_LLAMA_CPP"])
-    adapter = make_adapter(folder, METHODS["dora"], tmp_path / "adapter")
-    for source in (folder, adapter):
-        for file in export_model(source, quants=("F16", "Q4_K_M"), llama_cpp=checkout).files:
-            proof = verify_gguf(Path(file.path), against=source)
-            assert proof.passed, [check.evidence for check in proof.checks if not check.passed]
-        assert not [path for path in (source / "export").iterdir() if path.name.startswith(".")]
+    model = transformers.AutoModelForCausalLM.from_config(made)
+    randomise(model, small=False)
+    model.save_pretrained(folder)
+    adapter = make_adapter(folder, METHODS["lora"], tmp_path / "adapter")
+    rows = tmp_path / "texts.jsonl"
+    lines = [f"Water {number} runs from the hills to the sea; it is wild in March." for number in range(40)]
+    rows.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    found = measure_importance(adapter, (rows,), offline=True, on_progress=_silent)
+
+    exported = export_model(adapter, quants=("Q4_K_M",), importance=found, llama_cpp=checkout)
+    file = Path(exported.files[0].path)
+    assert exported.files[0].importance
+    assert any("texts.jsonl" in note for note in exported.notes)
+    proof = verify_gguf(file, against=adapter)
+    assert proof.passed, [check.evidence for check in proof.checks if not check.passed]
+    assert not [path for path in file.parent.iterdir() if path.name.startswith(".")]
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    weights = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
+    reader = gguf.GGUFReader(file)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    names = {
+        "blk.1.attn_q": "model.layers.1.self_attn.q_proj",
+        "blk.0.ffn_down": "model.layers.0.mlp.down_proj",
+    }
+    for name, module in names.items():
+        tensor, origin = tensors[f"{name}.weight"], f"{module}.weight"
+        values = weights[origin].float().numpy(), tensor.tensor_type
+        assert tensor.data.tobytes() == encode_rows(name, *values, found.columns[origin]).tobytes()
+        assert tensor.data.tobytes() != encode_rows(name, *values, None).tobytes()
+    assert reader.fields["quantize.imatrix.dataset"].contents() == "texts.jsonl"
+    assert reader.fields["quantize.imatrix.entries_count"].contents() == len(found.columns)
