@@ -23,6 +23,7 @@ Parallel = Literal["none", "ddp", "fsdp", "zero3"]
 CheckName = Literal[
     "token_ids",
     "logits",
+    "arithmetic",
     "greedy_text",
     "chat_template",
     "special_tokens",

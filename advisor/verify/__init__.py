@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from advisor.errors import ExportError, MissingPackageError
 from advisor.export.adapter import grown_config, virtual_tokens
@@ -30,7 +32,7 @@ from advisor.probe.gguf_file import check_gguf
 from advisor.running import named_prefix, read_facts
 from advisor.storage import write_json
 from advisor.types import Check, Verification
-from advisor.verify.bounds import LogitBounds, VerifyRules, logit_bounds, verify_rules
+from advisor.verify.bounds import LogitBounds, VerifyRules, logit_bounds, told_only, verify_rules
 from advisor.verify.contents import Contents, DamagedError, read_contents
 from advisor.verify.samples import heldout_rows, probe_texts, read_conversations
 
@@ -114,7 +116,7 @@ def _checks(
     # peft imports bitsandbytes, which warns that it would be faster with a package that we do not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # torch takes seconds to import, and `verify --help` must not wait for it.
-    from advisor.verify import checks, tensors
+    from advisor.verify import checks, own_weights, tensors
 
     rules = verify_rules()
     config = trained.config
@@ -142,15 +144,26 @@ def _checks(
     if reference.four_bits is not None:
         early.append(reference.four_bits)
     bounds = logit_bounds(rules, file.quant, activation, routed=_is_routed(config))
+    own: list[npt.NDArray[np.float32]] | None = None
+    if known and compared.passed and file.quant in rules.arithmetic.errors:
+        on_progress("computing with the weights in the file")
+        own = own_weights.own_logits(plan, file, reference, Layout.of(config))
+        bounds = told_only(bounds)
     on_progress(f"asking {gguf.name}")
     try:
         answer, arrays = _ask(gguf, questions, reference, vocabulary, rules, state)
     except ExportError as problem:
         return (*early, Check(name="logits", passed=False, measured={}, bound={}, evidence=problem.message))
-    return (
-        *_late(file, config["vocab_size"], vocabulary, questions, reference, answer, arrays, bounds),
-        *early,
-    )
+    got = _logits(reference, config["vocab_size"], arrays)
+    if own is not None:
+        early.append(checks.arithmetic(own, got, rules.arithmetic.errors[file.quant]))
+    return (*_late(file, vocabulary, questions, reference, answer, got, bounds), *early)
+
+
+def _logits(reference: Reference, rows: int, arrays: Arrays) -> list[npt.NDArray[np.float32]]:
+    """Return the file's logits of each sequence, (positions, vocabulary), without those of virtual tokens."""
+    first, size = len(reference.prefix), rows - len(reference.prefix)
+    return [arrays[str(number)][first:, :size] for number in range(len(reference.sequences))]
 
 
 def _plain_context(config: dict[str, Any]) -> int:
@@ -168,20 +181,17 @@ def _is_routed(config: dict[str, Any]) -> bool:
 
 def _late(
     file: Contents,
-    rows: int,
     vocabulary: Vocabulary,
     questions: Questions,
     reference: Reference,
     answer: dict[str, Any],
-    arrays: Arrays,
+    got: list[npt.NDArray[np.float32]],
     bounds: LogitBounds,
 ) -> tuple[Check, ...]:
     """Judge what llama.cpp answered."""
     from advisor.verify import checks
 
     count = len(questions.texts)
-    first, size = len(reference.prefix), rows - len(reference.prefix)
-    got = [arrays[str(number)][first:, :size] for number in range(len(reference.sequences))]
     logits = checks.logits(reference.logits, got, reference.sequences, bounds)
     tie = 2 * min(float(values["max_delta"] or 0.0) for values in (logits.measured, logits.bound))
     template = file.fields.get("tokenizer.chat_template")

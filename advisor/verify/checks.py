@@ -242,6 +242,26 @@ def logits(reference: Logits, got: Logits, sequences: Sequence[list[int]], bound
     )  # fmt: skip
 
 
+def arithmetic(own: Logits, got: Logits, bound: float) -> Check:
+    """Compare with what the trained model's program makes of the same weights, whatever they are worth.
+
+    Args:
+        own: Of that program with the file's weights, (positions, vocabulary) for each sequence.
+        got: Of the file.
+        bound: Error of the logits over their standard deviation, the mean of each position left out.
+    """
+    want, have = (np.concatenate(list(side)).astype(np.float64) for side in (own, got))
+    want -= want.mean(-1, keepdims=True)
+    have -= have.mean(-1, keepdims=True)
+    error = float(np.sqrt(((have - want) ** 2).mean() / (want**2).mean()))
+    told = f"{len(want)} positions: logits off by {100 * error:.2g} % of their deviation"
+    return Check(
+        name="arithmetic", passed=error <= bound,
+        evidence=f"{told}, computed from the weights in the file",
+        measured={"error": error, "positions": len(want)}, bound={"error": bound},
+    )  # fmt: skip
+
+
 def _log_softmax(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     wide = values.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)

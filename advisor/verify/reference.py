@@ -22,6 +22,8 @@ import torch
 import transformers
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 
 from advisor.errors import ModelError, RefusedError
 from advisor.export.chat_template import Conversation
@@ -58,6 +60,8 @@ class Questions:
 class Reference:
     """The trained model's answers, and the model with its adapter merged by peft."""
 
+    model: Any
+    """Merged; of prefix tuning with the prefix live, of other virtual tokens the base alone."""
     token_ids: list[list[int]]
     rendered: list[str | None]
     rendered_ids: list[list[int] | None]
@@ -112,6 +116,7 @@ def load_reference(trained: Trained, questions: Questions, samples: Samples) -> 
         words, prefix = _virtual_tokens(model, virtual)
         added = tuple(tokenizer.get_added_vocab())
         return Reference(
+            model=model if cached is not None else base_of(model),
             token_ids=[token_ids(tokenizer, text) for text in questions.texts],
             rendered=[
                 None if text is None else words + _led(text, questions.normaliser, added) for text in rendered
@@ -174,6 +179,11 @@ def load_trained(trained: Trained) -> tuple[Any, Any]:
             "Check the folder; for an adapter, that it belongs to this base.",
         ) from problem
     return tokenizer, model.eval()
+
+
+def base_of(model: Any) -> Any:
+    """Return the model within peft's, whose modules have the names of the checkpoint."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _logits(model: Any, ids: list[int]) -> Floats:
@@ -344,10 +354,12 @@ def _live_ends(base: Any) -> dict[str, torch.Tensor]:
     """Return embedding and output layer as used, where an adapter parts them: merging would mix them."""
     layout = Layout.of({"architectures": [type(base).__name__]})
     inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
-    if type(inputs) is torch.nn.Embedding and type(outputs) is torch.nn.Linear:
+    if not any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in (inputs, outputs)):
         return {}
     with torch.inference_mode():
         embedding = inputs(torch.arange(base.config.vocab_size)).float().clone()
+        if layout.scaled_prompt:
+            embedding /= base.config.hidden_size**0.5
         head = outputs(torch.eye(base.config.hidden_size)).float().T.clone()
     return {layout.embedding: embedding, layout.head: head}
 

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 
 from advisor.chat import ChatSession, answer_once
@@ -54,6 +56,16 @@ def test_prompt_before_scaled_embeddings(bases: dict[str, Path], tmp_path: Path)
     session = ChatSession(Path(file.path), max_tokens=8)
     assert "<|vp_" not in "".join(session.reply("Hello"))
     session.close()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "embed_tokens"]])
+def test_adapter_on_scaled_embeddings(bases: dict[str, Path], tmp_path: Path, targets: Any) -> None:
+    """Gemma 3's shared embedding is expected as it is used, trained by an adapter or not."""
+    config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    adapter = make_adapter(bases["gemma3"], config, tmp_path / "adapter", size=0.02)
+    file = export_model(adapter, quants=("Q4_K_M",), out=tmp_path).files[0]
+    proof = verify_gguf(Path(file.path), against=adapter)
+    assert proof.passed, [check.evidence for check in proof.checks if not check.passed]
 
 
 def test_prefix_is_a_state_beside_the_base(bases: dict[str, Path], tmp_path: Path) -> None:
