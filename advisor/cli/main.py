@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -35,6 +36,8 @@ COMMANDS = {
     "runs": "List the run folders below a folder, or show one.",
 }
 
+INTERRUPTED = 130
+"""Exit code."""
 EXTRA_OF = {
     **dict.fromkeys(
         ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"), "train"
@@ -132,7 +135,7 @@ def run(arguments: list[str]) -> int:
         return 2
     except (KeyboardInterrupt, click.Abort):
         _report("Interrupted.", "", "interrupted", as_json=as_json)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -157,6 +160,17 @@ def run(arguments: list[str]) -> int:
     return outcome if isinstance(outcome, int) else 0
 
 
+def _end(_number: int, _frame: object) -> None:
+    raise SystemExit(INTERRUPTED)
+
+
 def main() -> None:
-    """Entry point of the `ftadvisor` command."""
+    """Entry point of the `ftadvisor` command.
+
+    A process that is asked to end, or whose terminal is closed, takes half files and children along as at
+    Ctrl-C. What is ignored stays so, under `nohup` for one; a training stage listens for itself.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
     sys.exit(run(sys.argv[1:]))

@@ -460,6 +460,26 @@ def test_killed_export_leaves_no_half_file(models: dict[str, Path], tmp_path: Pa
     assert verify_gguf(Path(made.files[0].path), against=models["llama-tied"]).passed
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_asked_to_end_it_leaves_nothing(models: dict[str, Path], tmp_path: Path, number: int) -> None:
+    """`kill` and a closed terminal in the middle of a file end the command as Ctrl-C does."""
+    code = (
+        "import os, sys; from advisor.cli.main import main; from advisor.export import gguf_file\n"
+        "write = gguf_file._Stream.tofile\n"
+        "def ended(self, file):\n"
+        "    write(self, file)\n"
+        f"    if 'blk.0' in self.tensor.name: os.kill(os.getpid(), {int(number)})\n"
+        "gguf_file._Stream.tofile = ended\n"
+        "main()\n"
+    )
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ["PYTHONPATH"]])}
+    arguments = ["export", str(models["llama-tied"]), "--quant", "F16", "--no-verify", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, check=False)
+    assert done.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_full_disk_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> None:
     """When the disk fills up while writing, the error says so and the folder is as before."""
     code = (
