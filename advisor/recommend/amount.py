@@ -50,7 +50,16 @@ def epochs_for(
             slow,
             f"so few trained parameters need many steps (about {rules['few_parameters_steps']:,} in T-Few)",
         )
-    if situation.wish("must_not_forget") or situation.earlier:
+    if proposal.facts.group == "osf" and situation.earlier:
+        steps = int(rules["subspace_steps"])
+        slow = math.ceil(steps * rule(knowledge, "settings", "batch")["small_data"] / max(rows, 1))
+        slow = min(slow, int(rules["subspace_most"]))
+        if slow > epochs:
+            return (
+                slow,
+                f"beside old rows, subspaces learn slowly: on our starter it took about {steps} steps",
+            )
+    elif situation.wish("must_not_forget") or situation.earlier:
         most = int(rules["must_not_forget_most"])
         if epochs > most:
             return most, f"at most {most} passes, because every pass forgets a little more"

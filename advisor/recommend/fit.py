@@ -362,6 +362,9 @@ def _batches(
     wanted = max(floor, min(int(rules["largest"]), int(tokens // max(rows * seq_len, 1))))
     if objective == "kto":
         wanted = max(wanted, 4)
+    few = counted_rows(objective, situation, knowledge) < rule(knowledge, "data", "rows")["modest_below"]
+    if objective == "sft" and few:
+        wanted = min(wanted, int(rule(knowledge, "settings", "batch")["small_data"]))
     batches, batch = [], 1
     while batch <= wanted:
         batches.append(batch)

@@ -140,6 +140,21 @@ def test_earlier_data_that_is_not_mixed_in_enough_is_asked_for(
     assert ("old" in made.stages[0].datasets) is (old["kind"] != "preference")
 
 
+@pytest.mark.parametrize(("count", "method", "passes"), [(100, "osf", 6), (300, "osf", 4), (300, "lora", 2)])
+def test_subspaces_take_more_passes_beside_old_rows(count: int, method: str, passes: int) -> None:
+    """They disturb the old less and learn the new more slowly; other methods are kept to few passes."""
+    old = rows(name="old", role="earlier_task")
+    made = plan(rows(count=count), old, model="Qwen/Qwen3-0.6B", requested_method=method, hardware=A100)
+    assert made.method == method
+    assert made.stages[0].settings["epochs"] == passes
+
+
+def test_few_rows_make_small_batches() -> None:
+    """A batch in memory is no larger than the batch that few rows want, so that there are steps enough."""
+    made = plan(rows(count=300, mean_tokens=30), model="HuggingFaceTB/SmolLM2-135M-Instruct", hardware=CPU)
+    assert made.stages[0].settings["effective_batch"] == 8
+
+
 def test_a_mixture_is_not_packed() -> None:
     """On a processor short rows are packed by their length, which would part the tasks from each other."""
     short = {"count": 5000, "mean_tokens": 20, "p95_tokens": 40}
