@@ -21,6 +21,10 @@ ALWAYS_CHUNKED = frozenset({"dpo", "kto", "rloo", "grpo"})
 """Objectives whose trainer computes the loss tile by tile, whatever the setting says."""
 PAIR_LOSS = frozenset({"orpo", "simpo"})
 """Objectives whose loss is our own: it drops the logits as soon as it has their log-probabilities."""
+PASSING = frozenset({
+    "activations", "recomputed", "activation_gradients", "adapted_product", "final_norm", "logits_and_loss",
+})  # fmt: skip
+"""Parts that come and go with every micro batch, by name."""
 SOFT_CAPPED = frozenset({"gemma2"})
 INTO_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"})
 INTO_MLP = frozenset({"gate_proj", "up_proj", "gate_up_proj", "c_fc"})

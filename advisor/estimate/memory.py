@@ -16,7 +16,7 @@ from advisor.estimate import activations as act
 from advisor.estimate import states
 from advisor.estimate.layers import targeted
 from advisor.estimate.phases import Case, case_of, held_bytes, phases_of
-from advisor.estimate.tunable import LOW_RANK, VIRTUAL, trainable_parameters, tuner_name
+from advisor.estimate.tunable import LOW_RANK, VIRTUAL, outputs, trainable_parameters, tuner_name
 from advisor.types import Band, MemoryEstimate, MemorySettings, ModelSpec, Part, TracedPeaks
 
 __all__ = ["estimate_memory", "traced_estimate", "trainable_parameters"]
@@ -37,17 +37,21 @@ def estimate_memory(spec: ModelSpec, settings: MemorySettings, rules: Mapping[st
         UnknownNameError: the tuner is not known.
     """
     case = case_of(spec, settings, rules)
-    phases = phases_of(case)
-    phase = max(phases, key=lambda name: held_bytes(phases[name]))
-    return _estimate(case, phase.partition(":")[0], phases[phase], engine="closed_form")
+    phase, parts = _fullest(case)
+    return _estimate(case, phase.partition(":")[0], parts, passing=parts, engine="closed_form")
+
+
+def _fullest(case: Case) -> tuple[str, list[Part]]:
+    """The phase with the peak, and its parts."""
+    return max(phases_of(case).items(), key=lambda one: held_bytes(one[1]))
 
 
 def _estimate(
-    case: Case, phase: str, parts: list[Part], *, engine: Literal["closed_form", "trace"]
+    case: Case, phase: str, parts: list[Part], *, passing: list[Part], engine: Literal["closed_form", "trace"]
 ) -> MemoryEstimate:
-    """Add what the device takes, and the band."""
+    """Add what the device takes, and the band; `passing` are the parts among which the heap gets holes."""
     allocated = held_bytes(parts)
-    allocator, context, kernels = _device(case, allocated)
+    allocator, context, kernels = _device(case, allocated, passing)
     buffers = states.communication_buffers(case.settings, case.rules)
     low, high = _width(case)
     total = allocated + allocator.bytes + context.bytes + kernels.bytes + buffers.bytes
@@ -80,7 +84,7 @@ def traced_estimate(
         case.part("steady", peaks.steady, "live tensors before the step, traced"),
         case.part("step", most - peaks.steady, f"live tensors of {phase}, traced"),
     ]
-    found = _estimate(case, phase, parts, engine="trace")
+    found = _estimate(case, phase, parts, passing=_fullest(case)[1], engine="trace")
     if not peaks.traced_blocks:
         return found
     depths = ", ".join(map(str, peaks.traced_blocks))
@@ -101,16 +105,10 @@ def _band(value: int, low: float, high: float, fixed: int) -> Band:
     )
 
 
-def _device(case: Case, allocated: int) -> tuple[Part, Part, Part]:
+def _device(case: Case, allocated: int, passing: list[Part]) -> tuple[Part, Part, Part]:
     facts = case.rules["device"][case.settings.device]
-    share = facts[f"fragmentation_{_class(case.settings)}"]
     return (
-        Part(
-            name="allocator",
-            bytes=round(allocated * share),
-            formula=f"{share:.1%} of what is allocated",
-            source=facts["source"],
-        ),
+        _allocator(case, allocated, passing, facts),
         Part(
             name="context",
             bytes=facts["context_bytes"] + (facts.get("bitsandbytes_bytes", 0) if _bitsandbytes(case) else 0),
@@ -121,17 +119,39 @@ def _device(case: Case, allocated: int) -> tuple[Part, Part, Part]:
     )
 
 
+def _allocator(case: Case, allocated: int, passing: list[Part], facts: dict[str, Any]) -> Part:
+    """What the allocator holds beyond what is used: a share of everything, or of what comes and goes."""
+    share = facts[f"fragmentation_{_class(case.settings)}"]
+    size, formula = allocated, f"{share:.1%} of what is allocated"
+    if "holes" in facts and case.settings.precision == "bf16":
+        small = [part for part in passing if part.name in act.PASSING and _in_heap(case, part.name, facts)]
+        share, size = facts["holes"], held_bytes(small)
+        formula = f"{share:.0%} of {size:,} B that come and go in the heap"
+    return Part(name="allocator", bytes=round(size * share), formula=formula, source=facts["source"])
+
+
+def _in_heap(case: Case, name: str, facts: dict[str, Any]) -> bool:
+    """True where the tensors of a part are small enough for the heap; larger ones are given back at once."""
+    settings, shape = case.settings, case.spec.shape
+    width = shape.hidden * act.compute_bytes(settings)
+    if name == "logits_and_loss":
+        width = 4 * (min(shape.vocab, act.TILE_VOCABULARY) if act.in_tiles(settings) else shape.vocab)
+    return bool(act.tokens(settings) * width < facts["heap_bytes"])
+
+
 def _kernels(settings: MemorySettings, facts: dict[str, Any]) -> Part:
-    """Kernels that the CPU library keeps for each row length but the first, which counts as context."""
-    lengths = 0
-    if settings.precision == "bf16" and "kernel_bytes" in facts:
-        lengths = min(-(-settings.seq_len // facts["kernel_step_tokens"]), facts["kernel_lengths"]) - 1
-    return Part(
-        name="kernels",
-        bytes=lengths * facts.get("kernel_bytes", 0),
-        formula=f"{lengths} more row lengths, each with kernels of its own",
-        source=facts["source"],
+    """Kernels that the CPU library keeps in 16 bits: for each row length but the first, which counts as
+    context, and for those of an evaluation, which runs in the weights' own type and pads to no multiple."""
+    if settings.precision != "bf16" or "kernel_bytes" not in facts:
+        return Part(name="kernels", bytes=0, formula="none are kept", source=facts["source"])
+    lengths = min(-(-settings.seq_len // facts["kernel_step_tokens"]), facts["kernel_lengths"]) - 1
+    size, formula = (
+        lengths * facts["kernel_bytes"],
+        f"{lengths} more row lengths, each with kernels of its own",
     )
+    if settings.weight_bits < 32 and not outputs(settings):
+        size, formula = size + facts["evaluation_kernel_bytes"], f"{formula}, and those of evaluations"
+    return Part(name="kernels", bytes=size, formula=formula, source=facts["source"])
 
 
 def _bitsandbytes(case: Case) -> bool:

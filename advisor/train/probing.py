@@ -356,6 +356,8 @@ def _asking(probe: Probe, evaluator: Evaluator, watch: _Watch) -> Times:
 
     Rows are scored once before, and twice after: with their own questions and with others'.
     """
+    evaluator.score()  # the first in the weights' own type warms up
+    watch.lap()
     evaluator.score()
     rows = watch.lap().scaled(probe.scored_tokens / max(probe.heldout_taken, 1))
     if not evaluator.batches:

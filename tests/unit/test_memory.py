@@ -219,6 +219,22 @@ def test_an_unknown_layout_is_said_and_widens_the_band() -> None:
         assert ratio > known.allocated_bytes.high / known.allocated_bytes.expected
 
 
+def test_holes_in_a_processors_heap_are_counted() -> None:
+    """In 16 bits a processor's process holds more than its tensors; tensors too large for the heap do not."""
+
+    def beside(**given: Any) -> dict[str, int]:
+        model = spec(hidden=512, intermediate=1024, heads=8, kv_heads=8, head_dim=64, layers=8)
+        common = {"device": "cpu", "gradient_checkpointing": False, "loss": "full_logits", "seq_len": 256}
+        return {part.name: part.bytes for part in estimate(model, **{**common, **given}).parts}
+
+    half, whole = beside(), beside(precision="fp32", weight_bits=32)
+    assert half["allocator"] > 0.5 * half["activations"]
+    assert whole["allocator"] < 0.1 * whole["activations"]
+    assert "kernels" not in whole
+    assert "allocator" not in beside(micro_batch=1000)
+    assert half["kernels"] > beside(objective="reward")["kernels"]
+
+
 def test_experts_are_not_quantised() -> None:
     """Only single layers are stored in 4 bits; experts are one tensor and stay in 16, which is said."""
     mixture = spec(parameters=900_000, experts=8)
@@ -298,12 +314,31 @@ def test_measured_peaks_of_others() -> None:
     ids=["4M", "34M-2", "34M-4"],
 )
 def test_resident_memory_on_a_processor(model: ModelSpec, batch: int, length: int, measured: int) -> None:
-    """Full tuning with TRL on a CPU, peak resident MiB: within 5%, and never above `high`."""
+    """Full tuning with TRL on a CPU, peak resident MiB; its rows of one length leave no holes in the heap."""
     found = estimate(
         model, tuner="full", weight_bits=32, micro_batch=batch, seq_len=length, gradient_checkpointing=False,
         loss="full_logits", device="cpu", accumulate=False,
-    ).peak_bytes  # fmt: skip
-    assert found.expected / 2**20 == pytest.approx(measured, rel=0.05)
+    )  # fmt: skip
+    holes = next(part.bytes for part in found.parts if part.name == "allocator")
+    assert (found.peak_bytes.expected - holes) / 2**20 == pytest.approx(measured, rel=0.05)
+    assert measured * 2**20 <= found.peak_bytes.high
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "vocab", "measured"),
+    [(6, 256, 8192, 1429), (6, 768, 16384, 1949)],
+    ids=["8M", "65M"],
+)
+def test_resident_memory_of_packed_rows(layers: int, hidden: int, vocab: int, measured: int) -> None:
+    """LoRA of the shipped program on packed rows, peak resident MiB: within 10%, and never above `high`."""
+    model = spec(
+        layers=layers, hidden=hidden, intermediate=4 * hidden, heads=hidden // 64, kv_heads=hidden // 128,
+        head_dim=64, vocab=vocab,
+    )  # fmt: skip
+    found = estimate(
+        model, seq_len=768, packed=True, gradient_checkpointing=False, loss="full_logits", device="cpu"
+    ).peak_bytes
+    assert found.expected / 2**20 == pytest.approx(measured, rel=0.1)
     assert measured * 2**20 <= found.high
 
 
