@@ -14,10 +14,15 @@ import argparse
 import csv
 import datetime
 import statistics
+import sys
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from stated_rows import metric_of, settings_of, usual
 
 from advisor import knowledge
 from advisor.errors import AdvisorError
@@ -26,6 +31,7 @@ from advisor.estimate.layers import layout
 from advisor.estimate.memory import estimate_memory
 from advisor.estimate.stated import stated_tuner
 from advisor.estimate.tunable import trainable_parameters
+from advisor.scenario.models import name_model
 from advisor.types import (
     MemoryEstimate,
     MemorySettings,
@@ -93,7 +99,7 @@ def main() -> None:
     chosen = parser.parse_args()
     how = tomllib.loads((HERE / "data" / "assumptions.toml").read_text(encoding="utf-8"))
     with chosen.csv.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
+        rows = [usual(row, number) for number, row in enumerate(csv.DictReader(lines), start=1)]
     text = report(rows, how)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(text, encoding="utf-8")
@@ -132,7 +138,7 @@ def _compare_row(row: Row, how: dict[str, Any], fixed: dict[str, Any]) -> Compar
             raise LeftOutError(other["reason"])
     source = next((one for one in how["sources"] if _matches(row, one)), None)
     if source is None:
-        raise LeftOutError("too little of the configuration is known")
+        return _by_its_columns(row)
     cases = [case for case in source.get("cases", []) if _matches(row, case)]
     for case in cases:
         if "left_out" in case:
@@ -159,6 +165,37 @@ def _compare_row(row: Row, how: dict[str, Any], fixed: dict[str, Any]) -> Compar
         id=row["id"], source=source["name"], group=terms.get("group", source["name"]), method=_method(row),
         what=what, measured=float(row["peak_gib"]) * GIB, expected=band.expected + extra,
         high=band.high + extra,
+    )  # fmt: skip
+
+
+def _by_its_columns(row: Row) -> Compared | Fits:
+    """A row of a source that assumptions.toml does not know: what it leaves open widens the band."""
+    if not row["peak_gib"] and row["outcome"].lower() not in ("fits", "oom"):
+        raise LeftOutError("no figure")
+    named = name_model(row["model"], KNOWN)
+    if named.spec is None:  # a name without its owner may still tell the size
+        named = name_model("-/" + row["model"].replace(" ", "-"), KNOWN)
+    if named.spec is None:
+        raise LeftOutError(f"the model {row['model'] or '(none)'} is not known")
+    try:
+        given = settings_of(row, KNOWN)
+    except ValueError as problem:
+        raise LeftOutError(str(problem)) from problem
+    guessed = (f"the shape of {row['model']} is not known: guessed by its size",)
+    given["unknown"] += () if named.spec.verified else guessed
+    settings = _settings(given, {})
+    found = estimate_memory(named.spec, settings, RULES)
+    program, what = (
+        row["framework"] or row["source"],
+        f"{row['model']}, batch {settings.micro_batch} x {settings.seq_len}",
+    )
+    if not row["peak_gib"]:
+        raise LeftOutError("whether it fitted says nothing without the room of the device")
+    band = {"allocated": found.allocated_bytes, "reserved": found.reserved_bytes, "device": found.peak_bytes}
+    chosen = band[metric_of(row)]
+    return Compared(
+        id=row["id"], source=program, group=f"{program}, by its columns", method=_method(row), what=what,
+        measured=float(row["peak_gib"]) * GIB, expected=chosen.expected, high=chosen.high,
     )  # fmt: skip
 
 
@@ -258,6 +295,10 @@ def _outside(terms: dict[str, Any], spec: ModelSpec, settings: MemorySettings) -
 def report(rows: list[Row], how: dict[str, Any]) -> str:
     """Return the table in Markdown."""
     compared, fits, left_out = compare(rows, how)
+    if not compared:
+        return "\n".join(
+            ["No row can be compared:", *(f"- {', '.join(ids)}: {why}" for why, ids in left_out.items())]
+        )
     head = f"{len(compared)} of {len(rows)} rows compared, {len(fits)} more on whether they fit."
     lines = ["# Memory: estimated against measured", "", head, ""]
     lines += [*_table("source", {row.group: row.group for row in compared}, compared, "group"), ""]
@@ -310,7 +351,8 @@ def _swapped(compared: list[Compared]) -> list[str]:
         "| above it |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for name in dict.fromkeys(row.source for row in compared):
+    names = dict.fromkeys(row.source for row in compared)
+    for name in names if len(names) > 1 else ():
         own = [row for row in compared if row.source == name]
         others = [row.measured / row.expected for row in compared if row.source != name]
         factor, bound = statistics.median(others), 1 + max(0.05, 2 * (max(others) - 1))
@@ -325,6 +367,8 @@ def _halves(rows: list[Row], how: dict[str, Any]) -> list[str]:
     """The unknown of PEFT's benchmark, its longest batch: found on half of the rows, tried on the rest."""
     (source,) = (one for one in how["sources"] if one["name"] == "peft")
     own = [row for row in rows if _matches(row, source)]
+    if len(own) < 2:
+        return []
     lines = [
         "## The length of PEFT's longest batch", "",
         "Found on every second row (least median error), tried on the others; and the other way round.", "",

@@ -280,13 +280,44 @@ def test_measured_peaks_of_others() -> None:
     found = runpy.run_path(str(place / "memory.py"))
     how = tomllib.loads((place / "data" / "assumptions.toml").read_text())
     with (place / "data" / "measured_memory.csv").open(newline="") as lines:
-        compared, fits, _ = found["compare"](list(csv.DictReader(lines)), how)
+        rows = [found["usual"](row, number) for number, row in enumerate(csv.DictReader(lines), start=1)]
+    compared, fits, _ = found["compare"](rows, how)
     errors = sorted(abs(row.error) for row in compared)
     assert len(errors) >= 109
     assert errors[len(errors) // 2] <= 0.04
     assert errors[round(0.9 * len(errors))] <= 0.10
     assert [row.id for row in compared if row.measured > row.high] == []
     assert [row.id for row in fits if row.fitted and row.verdict == "wrong"] == []
+
+
+def test_rows_of_unknown_programs_are_read_by_their_columns() -> None:
+    """Other names of columns and programs are understood; what a row leaves open is said to be unknown."""
+    found = runpy.run_path(str(kb_dir().parent / "benchmarks" / "memory.py"))
+    whole = {
+        "program": "LLaMA-Factory", "model_name": "Qwen/Qwen2.5-7B-Instruct", "method": "dpo+lora",
+        "dtype": "bf16", "lora_rank": "8", "target_modules": "q_proj,v_proj", "batch_size": "2",
+        "cutoff_len": "1,024",
+        "gradient_checkpointing": "True", "optim": "adamw_torch", "loss": "full", "peak_gb": "24.5",
+        "metric": "torch.cuda.max_memory_reserved",
+    }  # fmt: skip
+    short = {name: whole[name] for name in ("model_name", "batch_size", "cutoff_len", "peak_gb")}
+    rows = [
+        found["usual"](row, number)
+        for number, row in enumerate(
+            (whole, {**short, "method": "lora"}, short, {**whole, "method": "magic"})
+        )
+    ]
+    given = found["settings_of"](rows[0], knowledge.load())
+    assert (given["objective"], given["tuner"], given["seq_len"]) == ("dpo", "lora", 1024)
+    assert (given["lora_r"], given["target"], given["unknown"]) == (8, "q_proj,v_proj", ())
+    assert "the optimizer is not stated" in " ".join(
+        found["settings_of"](rows[1], knowledge.load())["unknown"]
+    )
+    compared, _, left_out = found["compare"](rows, {"left_out": [], "sources": []})
+    first, second = compared
+    assert first.measured == pytest.approx(24.5e9)
+    assert second.high / second.expected > first.high / first.expected
+    assert list(left_out) == ["the row does not say: method", "the method magic is not known"]
 
 
 @pytest.mark.parametrize(
