@@ -907,7 +907,7 @@ class ExportedFile(Record, frozen=True, kw_only=True):
     """One file that an export wrote."""
 
     path: str
-    kind: Literal["gguf", "merged", "lora_gguf", "prefix_state", "modelfile", "card"]
+    kind: Literal["gguf", "merged", "adapter", "lora_gguf", "prefix_state", "modelfile", "card"]
     quant: str | None
     bytes: int
     sha256: str

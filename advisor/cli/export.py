@@ -47,7 +47,8 @@ class ExportAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @click.argument("source", type=options.FILE)
 @click.option(
     "--to",
-    help="gguf, merged, lora-gguf, prefix-state, modelfile; with commas. Default: the plan's, else gguf.",
+    help="gguf, modelfile, merged, adapter, lora-gguf, prefix-state; with commas. "
+    "Default: the plan's, else gguf.",
 )
 @click.option("--quant", help=QUANT_HELP)
 @click.option(

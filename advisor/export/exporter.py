@@ -16,6 +16,7 @@ import msgspec
 
 from advisor.errors import ExportError, MissingPackageError, UnknownNameError, UsageError
 from advisor.export.adapter import Adapter, check_merges, grown_config, open_adapter
+from advisor.export.adapter_folder import folder_bytes, write_adapter
 from advisor.export.architecture import MetaValue, ModelPlan, plan_model
 from advisor.export.checkpoint import optional_json
 from advisor.export.config_fields import is_tied, vocabulary_rows
@@ -39,7 +40,7 @@ from advisor.export.native import run_llama
 from advisor.export.official import Conversion, needs_converter
 from advisor.export.prefix_file import write_prefix
 from advisor.export.record import write_record
-from advisor.export.source import Trained, find_trained
+from advisor.export.source import Trained, find_trained, refuse_a_head
 from advisor.export.tokenizer import Vocabulary, read_vocabulary, with_virtual_tokens
 from advisor.gguf_rules import checked_quants, rules
 from advisor.prefix_state import Prefix
@@ -47,7 +48,7 @@ from advisor.probe.gguf_file import PREFIX_KEY, PREFIX_SHA256_KEY
 from advisor.storage import file_sha256, write_atomic
 from advisor.types import Export, ExportedFile
 
-TARGETS = ("gguf", "merged", "modelfile", "lora-gguf", "prefix-state")
+TARGETS = ("gguf", "merged", "modelfile", "adapter", "lora-gguf", "prefix-state")
 METADATA_BYTES = 64 << 20
 """Room for the tokenizer and the metadata of one file in the disk check; a 256k vocabulary takes 20 MB."""
 Progress = Callable[[str], None]
@@ -115,7 +116,7 @@ def export_model(
     targets, wanted = _checked(to, tuple(quants))
     _need_packages()
     trained = find_trained(source, offline=offline, on_progress=on_progress)
-    _refuse_a_head(trained)
+    refuse_a_head(trained)
     place = out or Path(trained.folder) / "export"
     if needs_converter(trained.config) and targets == ("gguf",):
         if trained.adapter is not None:
@@ -166,30 +167,6 @@ def _convert(
     return write_record(out, made, trained, importance, on_progress)
 
 
-def _refuse_a_head(trained: Trained) -> None:
-    """Refuse a model that gives scores in place of words.
-
-    Raises:
-        ExportError: it has a head over classes, or one that gives marks.
-    """
-    kept = optional_json(Path(trained.adapter) / "adapter_config.json") if trained.adapter else None
-    scores = (kept or {}).get("task_type") == "SEQ_CLS" or any(
-        str(name).endswith("ForSequenceClassification") for name in trained.config.get("architectures") or ()
-    )
-    if not scores:
-        return
-    if trained.adapter and (Path(trained.adapter) / "labels.json").is_file():
-        raise ExportError(
-            "This model picks a class and writes no text; programs that read GGUF expect one that writes.",
-            "Load it with transformers (AutoModelForSequenceClassification) and peft, labels.json names its "
-            "outputs; or train the labels as text: ftadvisor plan --method lora",
-        )
-    raise ExportError(
-        "This is a reward model: it gives marks and writes no text, which programs that read GGUF expect.",
-        "Train against it (objective rloo) and export that model, or load it with transformers and peft.",
-    )
-
-
 def _checked(to: Sequence[str], quants: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for target in to:
         if target not in TARGETS:
@@ -215,6 +192,7 @@ def _export(
     files: list[ExportedFile] = []
     notes: list[str] = []
     prepared = _prepare(job) if "gguf" in targets else None
+    apart = _adapter_of(job) if "adapter" in targets else None
     adapter = _lora_of(job) if "lora-gguf" in targets else None
     prefix = _prefix_of(job, targets)
     if "merged" in targets and (job.merged.prompt is not None or prefix is not None):
@@ -222,7 +200,10 @@ def _export(
             "Virtual tokens cannot be merged into an ordinary model folder.",
             "Export them as GGUF, --to gguf, or load the adapter with peft.",
         )
+    if not {"gguf", "prefix-state"} & set(targets):
+        prefix = None  # it lies in the adapter's folder as it is
     needed = merged_bytes(job.merged, job.config) if "merged" in targets else 0
+    needed += 0 if apart is None else folder_bytes(apart)
     needed += 0 if prefix is None else prefix.keys.nbytes + prefix.values.nbytes
     need_space(job.out, needed + METADATA_BYTES)
     types = _types(job, *prepared, quants) if prepared else {}
@@ -233,6 +214,9 @@ def _export(
     if "merged" in targets:
         job.on_progress("writing the merged weights")
         files += write_merged(job.out / f"{job.trained.name}-merged", job.trained, job.config, job.merged)
+    if apart is not None:
+        job.on_progress("writing the adapter")
+        files += write_adapter(job.out / f"{job.trained.name}-adapter", job.trained, apart)
     stated: dict[str, MetaValue] = {}
     if prefix is not None:
         files.append(_write_prefix(job, prefix))
@@ -262,13 +246,24 @@ def _prepare(job: Job) -> tuple[ModelPlan, Vocabulary]:
     return plan, with_virtual_tokens(read_vocabulary(*folders, rows=plan.vocab - count), count)
 
 
+def _adapter_of(job: Job) -> Path:
+    if job.trained.adapter is None:
+        raise _no_adapter()
+    return Path(job.trained.adapter)
+
+
 def _lora_of(job: Job) -> Adapter:
     if job.adapter is None:
-        raise ExportError(
-            "There is no adapter: the whole model was trained.", "Export it with --to gguf instead."
-        )
+        raise _no_adapter()
     check_lora(job.adapter, job.merged.layout, tied=is_tied(job.config))
     return job.adapter
+
+
+def _no_adapter() -> ExportError:
+    return ExportError(
+        "There is no adapter: the whole model was trained.",
+        "Export it with --to gguf or --to merged instead.",
+    )
 
 
 def _prefix_of(job: Job, targets: tuple[str, ...]) -> Prefix | None:

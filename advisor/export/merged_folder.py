@@ -26,7 +26,7 @@ from advisor.types import ExportedFile
 
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _COPIED = ("generation_config.json",)
-_TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "chat_template.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
@@ -65,7 +65,7 @@ def write_merged(
         _write_weights(aside / "model.safetensors", merged, _dtype(config))
         changed = {**config, "tie_word_embeddings": not merged.own_head}
         (aside / "config.json").write_bytes(encode_json(changed))
-        for names, place in ((_COPIED, trained.base), (_TOKENIZER, trained.tokenizer)):
+        for names, place in ((_COPIED, trained.base), (TOKENIZER_FILES, trained.tokenizer)):
             for name in names:
                 if (Path(place) / name).is_file():
                     shutil.copyfile(Path(place) / name, aside / name)

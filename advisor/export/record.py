@@ -78,7 +78,7 @@ def _located(files: Sequence[ExportedFile], out: Path) -> tuple[ExportedFile, ..
     found = []
     for file in files:
         path = Path(file.path)
-        here = out / path.parent.name / path.name if file.kind == "merged" else out / path.name
+        here = out / path.parent.name / path.name if file.kind in ("merged", "adapter") else out / path.name
         if here.is_file():
             found.append(msgspec.structs.replace(file, path=str(here)))
     return tuple(found)

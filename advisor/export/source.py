@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from advisor.errors import InputError, ModelError
-from advisor.export.checkpoint import read_json
+from advisor.errors import ExportError, InputError, ModelError
+from advisor.export.checkpoint import optional_json, read_json
 from advisor.probe.hub import fetch_model
 from advisor.resources import starter_dir
 from advisor.storage import read_record
@@ -85,6 +85,30 @@ def find_trained(source: Path, *, offline: bool, on_progress: Callable[[str], No
     raise InputError(
         f"{source} is neither a run folder (no recipe.yaml) nor a model folder (no config.json).",
         "Give the folder that `ftadvisor plan` wrote, or one with config.json and model.safetensors.",
+    )
+
+
+def refuse_a_head(trained: Trained) -> None:
+    """Refuse a model that gives scores in place of words.
+
+    Raises:
+        ExportError: it has a head over classes, or one that gives marks.
+    """
+    kept = optional_json(Path(trained.adapter) / "adapter_config.json") if trained.adapter else None
+    scores = (kept or {}).get("task_type") == "SEQ_CLS" or any(
+        str(name).endswith("ForSequenceClassification") for name in trained.config.get("architectures") or ()
+    )
+    if not scores:
+        return
+    if trained.adapter and (Path(trained.adapter) / "labels.json").is_file():
+        raise ExportError(
+            "This model picks a class and writes no text; programs that read GGUF expect one that writes.",
+            "Load it with transformers (AutoModelForSequenceClassification) and peft, labels.json names its "
+            "outputs; or train the labels as text: ftadvisor plan --method lora",
+        )
+    raise ExportError(
+        "This is a reward model: it gives marks and writes no text, which programs that read GGUF expect.",
+        "Train against it (objective rloo) and export that model, or load it with transformers and peft.",
     )
 
 

@@ -603,7 +603,32 @@ def test_what_is_no_sum_of_products_is_no_lora_file(
     assert not list(tmp_path.glob("*.gguf"))
 
 
-@pytest.mark.parametrize("target", ["gguf", "lora-gguf", "merged"])
+def test_adapter_folder_can_be_handed_on(
+    adapters: dict[str, Path], models: dict[str, Path], tmp_path: Path
+) -> None:
+    """peft loads it by itself, it answers as the trained one, and its card names no folder of here."""
+    import torch
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made = export_model(adapters["patterns"], to=("adapter",), out=tmp_path)
+    folder = Path(made.files[0].path).parent
+    assert folder.name == "patterns-adapter"
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("Hello", return_tensors="pt").input_ids
+    trained = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(models["llama-untied"]), adapters["patterns"]
+    )
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, trained(ids).logits)
+    card = (folder / "README.md").read_text()
+    assert "An adapter of llama-untied, a model folder: LORA, rank" in card
+    assert str(tmp_path.parents[1]) not in card
+    with pytest.raises(ExportError, match="whole model was trained"):
+        export_model(models["qwen2"], to=("adapter",), out=tmp_path)
+
+
+@pytest.mark.parametrize("target", ["gguf", "lora-gguf", "merged", "adapter"])
 def test_adapter_that_is_no_number_is_refused(adapters: dict[str, Path], target: str, tmp_path: Path) -> None:
     """A training that diverged becomes no file of any kind, and the tensor is named."""
     broken = Path(shutil.copytree(adapters["patterns"], tmp_path / "broken"))
