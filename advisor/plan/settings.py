@@ -57,7 +57,7 @@ def stage_sheet(
     _loss(sheet, stage, option)
     _tuner(sheet, stage, option, advice, knowledge)
     _objective(sheet, stage, advice, knowledge)
-    _mixture(sheet, stage, advice, knowledge)
+    _mixture(sheet, stage, option, advice, knowledge)
     time = stage_time(
         stage, option.proposal, advice.situation, knowledge, epochs=_number(sheet, "epochs"),
         effective_batch=round(_number(sheet, "effective_batch")),
@@ -206,12 +206,12 @@ def _thumbs(sheet: Sheet, stage: StageFit, advice: Advice) -> None:
     sheet.say(name, name, value=round(share / (1 - share), 2), share=f"{share:.0%}")
 
 
-def _mixture(sheet: Sheet, stage: StageFit, advice: Advice, knowledge: Knowledge) -> None:
-    situation = advice.situation
+def _mixture(sheet: Sheet, stage: StageFit, option: Option, advice: Advice, knowledge: Knowledge) -> None:
+    situation, answers = advice.situation, option.proposal.tuner != "classifier_head"
     share, key = replay(stage.objective, situation, knowledge)
-    if share:
+    if share and answers:
         sheet.say("replay_fraction", key, value=share, share=f"{share:.0%}")
-    if stage.objective == "sft" and situation.tasks > 1:
+    if stage.objective == "sft" and situation.tasks > 1 and answers:
         rules = rule(knowledge, "data", "mixture")
         if unequal_ratio(situation) >= rules["unequal_ratio"]:
             sheet.say("mixing_cap", "mixing_cap", value=rules["cap_rows"])

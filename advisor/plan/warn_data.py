@@ -187,13 +187,9 @@ def replay_mix(case: Case, knowledge: Knowledge) -> Values:
         there = old / max(old + case.rows, 1) if stage.objective == "sft" else share
         few = f", which is all there is; {share:.0%} were better" if there < share else ""
         return {"detail": f"{min(share, there):.0%} of the training rows{few}", "handled": not few}
-    unread = [
-        d.name
-        for d in case.situation.earlier
-        if not any(d in replayed(o, case.situation) for o in case.objectives)
-    ]
-    if unread:
-        return {"detail": f"{', '.join(unread)} cannot be mixed into this training"}
+    if case.situation.earlier and not any("replay_fraction" in stage.settings for stage in case.stages):
+        named = ", ".join(d.name for d in case.situation.earlier)
+        return {"detail": f"{named} cannot be mixed into this training"}
     if case.situation.wish("must_not_forget") or case.situation.task_kind == "continual":
         return {}
     return {"severity": "should"} if "cpt" in case.objectives else None

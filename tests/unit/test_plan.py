@@ -140,6 +140,18 @@ def test_earlier_data_that_is_not_mixed_in_enough_is_asked_for(
     assert ("old" in made.stages[0].datasets) is (old["kind"] != "preference")
 
 
+def test_a_head_over_classes_mixes_nothing() -> None:
+    """It reads one set of labelled texts: neither old answers nor other tasks go into it, which is told."""
+    made = plan(
+        rows("classification", classes=2), rows("classification", classes=2, name="b"),
+        rows(name="old", role="earlier_task"), requested_method="classifier_head", hardware=A100,
+    )  # fmt: skip
+    assert made.method == "classifier_head"
+    assert not {"replay_fraction", "mixing_temperature", "mixing_cap"} & made.stages[0].settings.keys()
+    told = next(warning for warning in made.warnings if warning.code == "replay_mix")
+    assert "old cannot be mixed" in told.message
+
+
 @pytest.mark.parametrize(("count", "method", "passes"), [(100, "osf", 6), (300, "osf", 4), (300, "lora", 2)])
 def test_subspaces_take_more_passes_beside_old_rows(count: int, method: str, passes: int) -> None:
     """They disturb the old less and learn the new more slowly; other methods are kept to few passes."""
