@@ -12,17 +12,18 @@ from typing import Any
 
 from advisor.export.checkpoint import open_checkpoint, read_json
 from advisor.export.encode import Type, encode_rows
-from advisor.export.files import complete_folder
+from advisor.export.files import complete_folder, need_only
 from advisor.export.merged_folder import TOKENIZER_FILES
 from advisor.export.source import Trained
 from advisor.storage import file_sha256
 from advisor.types import ExportedFile
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_CARD_FILE, _TAGS = "README.md", "tags: [peft, ftadvisor]"
 _CARD = """---
 {front}library_name: peft
 pipeline_tag: text-generation
-tags: [peft, ftadvisor]
+{tags}
 ---
 
 # {name}
@@ -50,9 +51,12 @@ def write_adapter(folder: Path, trained: Trained, adapter: Path) -> list[Exporte
     """Write the folder, complete or not at all, and return its weights file.
 
     Raises:
-        DiskError: the disk is full.
+        DiskError: the disk is full, or the folder holds what no export wrote.
         ExportError: a weight is not finite.
     """
+    card = folder / _CARD_FILE
+    ours = not card.is_file() or _TAGS in card.read_text(encoding="utf-8", errors="replace")
+    need_only(folder, (_WEIGHTS, _CONFIG, *TOKENIZER_FILES, *([_CARD_FILE] if ours else [])))
     stored = open_checkpoint(adapter, stem="adapter_model")
     for name in stored.tensors:
         encode_rows(name, stored.rows(name, slice(None)), Type.F32)
@@ -62,7 +66,7 @@ def write_adapter(folder: Path, trained: Trained, adapter: Path) -> list[Exporte
         for name in TOKENIZER_FILES:
             if (Path(trained.tokenizer) / name).is_file():
                 shutil.copyfile(Path(trained.tokenizer) / name, aside / name)
-        (aside / "README.md").write_text(_card(folder.name, read_json(adapter / _CONFIG)), encoding="utf-8")
+        (aside / _CARD_FILE).write_text(_card(folder.name, read_json(adapter / _CONFIG)), encoding="utf-8")
     path = folder / _WEIGHTS
     return [
         ExportedFile(
@@ -77,6 +81,7 @@ def _card(name: str, config: dict[str, Any]) -> str:
     rank = f", rank {config['r']}" if config["peft_type"] == "LORA" else ""
     return _CARD.format(
         front=f"base_model: {named}\n" if public else "",
+        tags=_TAGS,
         name=name,
         base=named if public else f"{Path(named).name}, a model folder",
         revision=f" at revision {config['revision']}" if public and config.get("revision") else "",

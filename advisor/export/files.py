@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from advisor.errors import DiskError
@@ -92,6 +92,22 @@ def complete_file(path: Path) -> Iterator[Path]:
         raise
     finally:
         os.close(lock)
+
+
+def need_only(folder: Path, names: Iterable[str]) -> None:
+    """Check that a folder that is to be replaced holds nothing but such files.
+
+    Raises:
+        DiskError: it holds others, which would be lost, or is none.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DiskError(f"{folder} is no folder.", "Move it away, or choose another folder with --out.")
+    others = sorted({path.name for path in folder.iterdir()} - set(names)) if folder.is_dir() else []
+    if others:
+        raise DiskError(
+            f"{folder} also holds {', '.join(others[:3])}, which no export wrote and which would be lost.",
+            "Move it away, or choose another folder with --out.",
+        )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from advisor.export.checkpoint import Floats
 from advisor.export.encode import Type, encode_rows
-from advisor.export.files import complete_folder
+from advisor.export.files import complete_folder, need_only
 from advisor.export.gguf_file import PART_BYTES
 from advisor.export.merged import Merged
 from advisor.export.source import Trained
@@ -25,6 +25,7 @@ from advisor.storage import encode_json, file_sha256
 from advisor.types import ExportedFile
 
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _COPIED = ("generation_config.json",)
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -58,18 +59,19 @@ def write_merged(
     """Write the folder, complete or not at all, and return its weights file.
 
     Raises:
-        DiskError: the disk is full.
+        DiskError: the disk is full, or the folder holds what no export wrote.
         ExportError: a weight is not finite, or overflows.
     """
+    need_only(folder, (_WEIGHTS, _CONFIG, *_COPIED, *TOKENIZER_FILES))
     with complete_folder(folder) as aside:
-        _write_weights(aside / "model.safetensors", merged, _dtype(config))
+        _write_weights(aside / _WEIGHTS, merged, _dtype(config))
         changed = {**config, "tie_word_embeddings": not merged.own_head}
-        (aside / "config.json").write_bytes(encode_json(changed))
+        (aside / _CONFIG).write_bytes(encode_json(changed))
         for names, place in ((_COPIED, trained.base), (TOKENIZER_FILES, trained.tokenizer)):
             for name in names:
                 if (Path(place) / name).is_file():
                     shutil.copyfile(Path(place) / name, aside / name)
-    path = folder / "model.safetensors"
+    path = folder / _WEIGHTS
     return [
         ExportedFile(
             path=str(path), kind="merged", quant=None, bytes=path.stat().st_size, sha256=file_sha256(path)

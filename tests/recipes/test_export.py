@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from advisor.chat import ChatSession, answer_once, compare
 from advisor.cli.main import run
-from advisor.errors import AdvisorError, ExportError, InputError, ModelError, UsageError
+from advisor.errors import AdvisorError, DiskError, ExportError, InputError, ModelError, UsageError
 from advisor.export import export_model
 from advisor.export.native import run_llama
 from advisor.storage import file_sha256
@@ -626,6 +626,12 @@ def test_adapter_folder_can_be_handed_on(
     assert str(tmp_path.parents[1]) not in card
     with pytest.raises(ExportError, match="whole model was trained"):
         export_model(models["qwen2"], to=("adapter",), out=tmp_path)
+    export_model(adapters["patterns"], to=("adapter",), out=tmp_path)
+    for other in ("notes.txt", "README.md"):
+        (folder / other).write_text("mine")
+        with pytest.raises(DiskError, match=f"also holds {other}"):
+            export_model(adapters["patterns"], to=("adapter",), out=tmp_path)
+        (folder / other).unlink()
 
 
 @pytest.mark.parametrize("target", ["gguf", "lora-gguf", "merged", "adapter"])
