@@ -63,6 +63,7 @@ def check_value(key: str, value: Value, facts: ProgramKey, see: str) -> None:
     if not isinstance(value, int | float):
         return
     if not ((facts.low is None or value >= facts.low) and (facts.high is None or value <= facts.high)):
-        low = "any" if facts.low is None else f"{facts.low:g}"
-        high = "any" if facts.high is None else f"{facts.high:g}"
-        raise UsageError(f"{key} = {value} must lie between {low} and {high}.", see)
+        if facts.low is None or facts.high is None:
+            bound = f"at most {facts.high:g}" if facts.low is None else f"at least {facts.low:g}"
+            raise UsageError(f"{key} = {value} must be {bound}.", see)
+        raise UsageError(f"{key} = {value} must lie between {facts.low:g} and {facts.high:g}.", see)

@@ -379,6 +379,8 @@ class MemorySettings(Record, frozen=True, kw_only=True):
     double_quant: bool = True
     virtual_tokens: int = 0
     bottleneck: int = 0
+    bottleneck_style: Literal["houlsby", "pfeiffer"] = "houlsby"
+    """houlsby: two adapters in every block; pfeiffer: one."""
     preserved_share: float = 0.5
     """Share of each matrix's singular directions that orthogonal-subspace tuning leaves as they are."""
     generations: int = 0

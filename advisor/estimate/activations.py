@@ -12,7 +12,15 @@ from __future__ import annotations
 
 from advisor.estimate import adapted, stated
 from advisor.estimate.layers import ATTENTION, FOUR_NORMS, GEMMA, QK_NORM_WHOLE, Layout, Linear, targeted
-from advisor.estimate.tunable import LOW_RANK, ia3_targets, outputs, preserved, tuner_name, tunes_norm
+from advisor.estimate.tunable import (
+    LOW_RANK,
+    adapters_in_block,
+    ia3_targets,
+    outputs,
+    preserved,
+    tuner_name,
+    tunes_norm,
+)
 from advisor.types import MemorySettings, ModelSpec
 
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
@@ -182,7 +190,7 @@ def _inputs(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> int:
         scaled = ia3_targets(spec, plan, settings)
         return sum(4 * one.inputs if one.name in OUT_OF_MLP else a * one.outputs for one in scaled)
     if tuner == "adapter":
-        return 2 * a * (hidden + 2 * settings.bottleneck)
+        return adapters_in_block(settings) * a * (hidden + 2 * settings.bottleneck)
     return 0
 
 

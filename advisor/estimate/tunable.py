@@ -34,7 +34,8 @@ def trainable_parameters(spec: ModelSpec, settings: MemorySettings) -> int:
 
     Args:
         spec: the model.
-        settings: tuner, target, lora_r, virtual_tokens, bottleneck, preserved_share and classes are read.
+        settings: tuner, target, lora_r, virtual_tokens, the two of bottleneck adapters, preserved_share and
+            classes are read.
 
     Raises:
         UnknownNameError: the tuner is not known.
@@ -99,7 +100,12 @@ def _small(tuner: str, spec: ModelSpec, plan: Layout, settings: MemorySettings) 
         share = settings.preserved_share
         return plan.blocks * sum(_trained_subspace(one, share) for one in _targets(plan, settings))
     per_adapter = 2 * settings.bottleneck * spec.shape.hidden + settings.bottleneck + spec.shape.hidden
-    return plan.blocks * 2 * per_adapter
+    return plan.blocks * adapters_in_block(settings) * per_adapter
+
+
+def adapters_in_block(settings: MemorySettings) -> int:
+    """Return behind how many sublayers of a block a bottleneck adapter stands."""
+    return 1 if settings.bottleneck_style == "pfeiffer" else 2
 
 
 def ia3_targets(spec: ModelSpec, plan: Layout, settings: MemorySettings) -> tuple[Linear, ...]:

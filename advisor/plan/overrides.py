@@ -28,7 +28,7 @@ MEMORY_KEYS = {
     "optimizer": "optimizer", "precision": "precision", "weight_bits": "weight_bits", "loss": "loss",
     "attention": "attention", "packing": "packed", "double_quant": "double_quant", "target": "target",
     "num_generations": "generations", "virtual_tokens": "virtual_tokens", "bottleneck": "bottleneck",
-    "preserved_share": "preserved_share",
+    "bottleneck_style": "bottleneck_style", "preserved_share": "preserved_share",
 }  # fmt: skip
 """Setting -> field of MemorySettings."""
 MAY_BE_ZERO = frozenset(
