@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -210,10 +212,24 @@ def _greedy(model: llama_cpp.Llama, count: int, ends: set[int]) -> list[int]:
     return found
 
 
+def _end_with(parent: int) -> None:
+    """Have the kernel (Linux) end this process with the one that asked, also where that is killed."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
+
+
 def main() -> None:
     """Read the request, do it, write the answer."""
     request_file, answer_file = Path(sys.argv[1]), Path(sys.argv[2])
     request = json.loads(request_file.read_text(encoding="utf-8"))
+    _end_with(request["parent"])
     if request["do"] == "choose":
         answer = choose(request)
     elif request["do"] == "quantise":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -37,7 +38,9 @@ def run_llama(request: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
         raise MissingPackageError("llama-cpp-python", "gguf")
     with tempfile.TemporaryDirectory(prefix="ftadvisor-") as folder:
         asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
-        asked.write_text(json.dumps({"threads": free_cores(), **request}), encoding="utf-8")
+        asked.write_text(
+            json.dumps({"threads": free_cores(), "parent": os.getpid(), **request}), encoding="utf-8"
+        )
         command = [sys.executable, "-P", str(_CHILD), str(asked), str(answered)]
         with Path(folder, "log.txt").open("w+b") as log, _child(command, log.fileno()) as child:
             code = child.wait()

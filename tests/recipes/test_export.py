@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -506,6 +509,36 @@ def test_last_words_of_llama_cpp_are_told(tmp_path: Path) -> None:
     source.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ExportError, match="choose"):
         run_llama({"do": "choose", "source": str(source), "quants": ["Q4_K_M"]})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
+def test_llama_cpp_does_not_outlive_who_asked(tmp_path: Path) -> None:
+    """After SIGKILL of the command its llama.cpp process is gone as well."""
+    pipe = tmp_path / "pipe.gguf"
+    os.mkfifo(pipe)  # nobody writes into it: it is opened for ever
+    code = (
+        "import sys; from advisor.export.native import run_llama\n"
+        "run_llama({'do': 'choose', 'source': sys.argv[1], 'quants': ['Q4_K_M'], 'importance': False})\n"
+    )
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ["PYTHONPATH"]])}
+    with subprocess.Popen([sys.executable, "-c", code, str(pipe)], env=environment) as asked:
+        child = _child_of(asked.pid)
+        asked.kill()
+        try:
+            child.wait(20)
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def _child_of(parent: int) -> psutil.Process:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for child in psutil.Process(parent).children():
+            return child
+        time.sleep(0.05)
+    raise AssertionError("no process was started")
 
 
 def test_verify_refuses_what_is_no_gguf(models: dict[str, Path], tmp_path: Path) -> None:
