@@ -81,7 +81,7 @@ class CalibrationAnswer(msgspec.Struct, frozen=True, kw_only=True):
 @click.option(
     "--weight-bits",
     type=click.Choice(["4", "8", "16", "32"]),
-    help="Of a stored weight of the base; by default 4 for qlora, 32 in fp32, else 16.",
+    help="Of a stored weight of the base; by default 4 for qlora, 32 in fp32 and for osf, else 16.",
 )
 @click.option("--optimizer", default="adamw_torch", show_default=True)
 @click.option("--lora-r", type=click.IntRange(min=1), default=16, show_default=True)
@@ -151,7 +151,7 @@ def estimate(
     }
     settings = MemorySettings(
         precision=precision,
-        weight_bits=_weight_bits(weight_bits, method, precision),
+        weight_bits=_weight_bits(weight_bits, method, precision, knowledge),
         adapter_bits=32 if adapter_bits == "32" else 16,
         **given,
     )
@@ -199,8 +199,10 @@ def _calibration(*, as_json: bool) -> None:
     print_text(draw(errors), kept or "Nothing is kept: FTADVISOR_CALIBRATION is empty.")
 
 
-def _weight_bits(asked: str | None, method: str, precision: Precision) -> Literal[4, 8, 16, 32]:
-    """Bits of a stored weight: as asked, else by method and precision.
+def _weight_bits(
+    asked: str | None, method: str, precision: Precision, knowledge: Knowledge
+) -> Literal[4, 8, 16, 32]:
+    """Bits of a stored weight: as asked, else as the method needs them, else by precision.
 
     Raises:
         UsageError: all weights are to be trained, and they are quantised.
@@ -213,7 +215,9 @@ def _weight_bits(asked: str | None, method: str, precision: Precision) -> Litera
         )
     if asked is not None:
         return bits[asked]
-    return 4 if method == "qlora" else 32 if precision == "fp32" else 16
+    own = knowledge.tuners.get(method)
+    wide = precision == "fp32" or (own is not None and own.stored_bits == 32)
+    return 4 if method == "qlora" else 32 if wide else 16
 
 
 def _tuner(method: str, knowledge: Knowledge) -> dict[str, Any]:

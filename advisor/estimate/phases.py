@@ -55,8 +55,12 @@ def phases_of(case: Case) -> dict[str, list[Part]]:
     kept = _kept(case)
     phases = {
         "load": _load(case),
-        "forward": [*held, kept, _final(case), *_weight_copies(case), _loss(case, backward=False)],
-        "backward:loss": [*held, kept, _final(case), _loss(case, backward=True), *_tiled_gradient(case)],
+        "forward": [
+            *held, kept, _final(case), *_weight_copies(case), *_head_copy(case), _loss(case, backward=False),
+        ],
+        "backward:loss": [
+            *held, kept, _final(case), *_head_copy(case), _loss(case, backward=True), *_tiled_gradient(case),
+        ],
         "backward:norm": [*held, kept, _norm_gradients(case)],
         "backward:head": [*held, kept, _final(case), *_head(case)],
         "backward:block": [*held, kept, *_block(case), *_pending(case, ends=False)],
@@ -66,7 +70,7 @@ def phases_of(case: Case) -> dict[str, list[Part]]:
         "evaluation": [*steady, _final(case), _loss(case, backward=False)],
         **_adapted(case, held, kept),
         **_dequantised(case, held, kept),
-    }
+    }  # fmt: skip
     if case.settings.objective in ("rloo", "grpo"):
         phases["generation"] = [*steady, _generation(case)]
     return phases
@@ -116,6 +120,14 @@ def _weight_copies(case: Case) -> list[Part]:
     else:
         copied = case.trainable if act.adapter_bytes(settings) == 4 else 0
     return [case.part("weight_copies", 2 * copied, f"{copied:,} x 2 B under autocast")]
+
+
+def _head_copy(case: Case) -> list[Part]:
+    """The 16-bit copy of a frozen 32-bit output matrix, which its backward product reads."""
+    settings, entries = case.settings, _vocabulary(case)
+    if not act.mixed(settings) or settings.weight_bits != 32 or act.trains_everything(settings):
+        return []
+    return [case.part("head_copy", 2 * entries, f"{entries:,} x 2 B under autocast")]
 
 
 def _recomputed(case: Case) -> Part:
