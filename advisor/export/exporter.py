@@ -202,7 +202,7 @@ def _export(
         )
     if not {"gguf", "prefix-state"} & set(targets):
         prefix = None  # it lies in the adapter's folder as it is
-    needed = merged_bytes(job.merged, job.config) if "merged" in targets else 0
+    needed = merged_bytes(job.merged) if "merged" in targets else 0
     needed += 0 if apart is None else folder_bytes(apart)
     needed += 0 if prefix is None else prefix.keys.nbytes + prefix.values.nbytes
     need_space(job.out, needed + METADATA_BYTES)

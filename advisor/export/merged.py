@@ -69,6 +69,11 @@ class Merged:
         """Whether transformers stores this parameter as (in, out)."""
         return name.endswith(self.layout.transposed) if self.layout.transposed else False
 
+    def dtype(self, name: str) -> str:
+        """Return the type in which the base stores a parameter, as safetensors names it."""
+        stored = self._base.tensors.get(self._source(name))
+        return stored.dtype if stored else "F32"
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter as (out, in), or an empty one where there is none."""
         if name in self._saved:

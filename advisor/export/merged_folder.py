@@ -24,7 +24,6 @@ from advisor.export.source import Trained
 from advisor.storage import encode_json, file_sha256
 from advisor.types import ExportedFile
 
-_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _COPIED = ("generation_config.json",)
 TOKENIZER_FILES = (
@@ -33,13 +32,20 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def _dtype(config: dict[str, Any]) -> str:
-    return _STORED.get(config.get("dtype") or config.get("torch_dtype") or "bfloat16", "F32")
+_STORED_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def _stored(merged: Merged, name: str) -> str:
+    """Return the type to store a parameter in: the base's, which config.json need not tell."""
+    kind = merged.dtype(name)
+    return kind if kind in _STORED_BYTES else "F32"
 
 
 def _names(merged: Merged) -> list[str]:
+    """Return the parameters in the order of the file: wide types first, so that each is aligned."""
     head = {merged.layout.head}
-    return sorted(merged.names() | head if merged.own_head else merged.names() - head)
+    names = merged.names() | head if merged.own_head else merged.names() - head
+    return sorted(names, key=lambda name: (-_STORED_BYTES[_stored(merged, name)], name))
 
 
 def _stored_shape(merged: Merged, name: str) -> tuple[int, ...]:
@@ -47,10 +53,13 @@ def _stored_shape(merged: Merged, name: str) -> tuple[int, ...]:
     return shape[::-1] if merged.is_transposed(name) else shape
 
 
-def merged_bytes(merged: Merged, config: dict[str, Any]) -> int:
+def merged_bytes(merged: Merged) -> int:
     """Return the bytes of the weights."""
-    size = 4 if _dtype(config) == "F32" else 2
-    return sum(math.prod(merged.shape(name)) * size for name in _names(merged))
+    return sum(_bytes(merged, name) for name in _names(merged))
+
+
+def _bytes(merged: Merged, name: str) -> int:
+    return math.prod(merged.shape(name)) * _STORED_BYTES[_stored(merged, name)]
 
 
 def write_merged(
@@ -64,7 +73,7 @@ def write_merged(
     """
     need_only(folder, (_WEIGHTS, _CONFIG, *_COPIED, *TOKENIZER_FILES))
     with complete_folder(folder) as aside:
-        _write_weights(aside / _WEIGHTS, merged, _dtype(config))
+        _write_weights(aside / _WEIGHTS, merged)
         changed = {**config, "tie_word_embeddings": not merged.own_head}
         (aside / _CONFIG).write_bytes(encode_json(changed))
         for names, place in ((_COPIED, trained.base), (TOKENIZER_FILES, trained.tokenizer)):
@@ -79,20 +88,22 @@ def write_merged(
     ]
 
 
-def _write_weights(path: Path, merged: Merged, stored: str) -> None:
-    size = 4 if stored == "F32" else 2
+def _write_weights(path: Path, merged: Merged) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in _names(merged):
-        end = offset + math.prod(merged.shape(name)) * size
-        header[name] = {"dtype": stored, "shape": _stored_shape(merged, name), "data_offsets": (offset, end)}
+        end = offset + _bytes(merged, name)
+        header[name] = {
+            "dtype": _stored(merged, name), "shape": _stored_shape(merged, name),
+            "data_offsets": (offset, end),
+        }  # fmt: skip
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in _names(merged):
-            shape = merged.shape(name)
+            shape, stored = merged.shape(name), _stored(merged, name)
             if merged.is_transposed(name):
                 file.write(_encode(name, merged.rows(name).T, stored).tobytes())
                 continue

@@ -165,6 +165,21 @@ def test_merged_folder_loads_without_peft(adapters: dict[str, Path], tmp_path: P
     assert verify_gguf(_file(made, "F32"), against=merged).passed
 
 
+def test_merged_weights_keep_the_precision_of_the_base(tmp_path: Path) -> None:
+    """Each is stored as the base stores it, also where config.json is silent about it or types are mixed."""
+    folder = make_tiny_model(tmp_path / "base")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "dtype": None, "torch_dtype": None}))
+    weights = load_file(folder / "model.safetensors")
+    first = next(name for name in sorted(weights) if weights[name].ndim == 2)
+    weights[first] = weights[first].astype(np.float16)
+    save_file(weights, folder / "model.safetensors")
+    (made,) = export_model(folder, to=("merged",), out=tmp_path).files
+    merged = load_file(made.path)
+    assert {name: merged[name].dtype for name in merged} == {name: weights[name].dtype for name in weights}
+    assert all(np.array_equal(merged[name], weights[name]) for name in weights)
+
+
 def test_command_compares_the_files_and_writes_a_card(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
