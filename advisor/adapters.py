@@ -28,6 +28,7 @@ from advisor.probe.load import free_cores
 from advisor.resources import starter_dir
 from advisor.templates import newest_turns
 from advisor.train import bottleneck
+from advisor.train.generation import generation_inputs
 from advisor.types import Record
 from advisor.units import format_bytes
 
@@ -204,7 +205,7 @@ class AdapterChat:
                 self._bases[key], self._on[key] = _load_base(voice), set()
             model, loaded = self._bases[key], self._on[key]
             if voice.adapter is not None and voice.name not in loaded:
-                self._bases[key] = _put_on(model, voice, first=not loaded)
+                self._bases[key] = _put_on(model, voice, self._key(voice), first=not loaded)
                 loaded.add(voice.name)
         except (OSError, ValueError, RuntimeError, KeyError) as problem:
             raise ModelError(
@@ -213,10 +214,14 @@ class AdapterChat:
             ) from problem
         model = self._bases[key]
         if isinstance(model, PeftModel):
-            model.set_adapter(voice.name)
+            model.set_adapter(self._key(voice))
         else:
-            bottleneck.choose(model, voice.name if voice.adapter is not None else None)
+            bottleneck.choose(model, self._key(voice) if voice.adapter is not None else None)
         model.eval()
+
+    def _key(self, voice: Voice) -> str:
+        """Return a name for the libraries: no module may have a dot in its own, as folders do."""
+        return f"voice-{self.voices.index(voice.name)}"
 
     def _model(self) -> Any:
         return self._bases[_shared_by(self._voice)]
@@ -224,14 +229,17 @@ class AdapterChat:
     @contextlib.contextmanager
     def _adapter(self, model: Any) -> Iterator[None]:
         """Switch the adapter off meanwhile where the base was chosen."""
-        off = self.chosen == BASE and BASE not in self._voices
         with contextlib.ExitStack() as stack:
-            if off and isinstance(model, PeftModel):
+            if self._is_off and isinstance(model, PeftModel):
                 stack.enter_context(model.disable_adapter())
-            elif off and self._voice.adapter is not None:
+            elif self._is_off and self._voice.adapter is not None:
                 bottleneck.choose(model, None)
-                stack.callback(bottleneck.choose, model, self._voice.name)
+                stack.callback(bottleneck.choose, model, self._key(self._voice))
             yield
+
+    @property
+    def _is_off(self) -> bool:
+        return self.chosen == BASE and BASE not in self._voices
 
     # --- answering -------------------------------------------------------------------------------
 
@@ -262,20 +270,22 @@ class AdapterChat:
         stop, problems = _Stop(), list[BaseException]()
         given = torch.tensor([ids], device=next(model.parameters()).device)
         arguments: dict[str, Any] = {
-            "input_ids": given, "attention_mask": torch.ones_like(given), "streamer": streamer,
-            "max_new_tokens": self._max_tokens, "stopping_criteria": StoppingCriteriaList([stop]),
-            "do_sample": self._temperature > 0, "eos_token_id": _ends(model, tokenizer),
-            "pad_token_id": tokenizer.pad_token_id or 0,
-            # PEFT counts the positions of virtual tokens wrongly in a cache.
-            "use_cache": not _is_virtual(model),
+            "streamer": streamer, "max_new_tokens": self._max_tokens,
+            "stopping_criteria": StoppingCriteriaList([stop]), "do_sample": self._temperature > 0,
+            "eos_token_id": _ends(model, tokenizer), "pad_token_id": tokenizer.pad_token_id or 0,
         }  # fmt: skip
         if self._temperature > 0:
             arguments["temperature"] = self._temperature
 
         def work() -> None:
             try:
-                with torch.inference_mode(), self._adapter(model):
-                    model.generate(**arguments)
+                with torch.inference_mode(), self._adapter(model), warnings.catch_warnings():
+                    # peft asks transformers for names that transformers renames.
+                    warnings.simplefilter("ignore", FutureWarning)
+                    speaker, text = generation_inputs(
+                        model, given, torch.ones_like(given), adapted=not self._is_off
+                    )
+                    speaker.generate(**text, **arguments)
             except (RuntimeError, ValueError, MemoryError) as problem:
                 problems.append(problem)
                 streamer.end()
@@ -336,22 +346,18 @@ def _cpu_dtype(folder: Path) -> Any:
     return torch.float32 if 2 * stored < free else "auto"
 
 
-def _put_on(model: Any, voice: Voice, *, first: bool) -> Any:
+def _put_on(model: Any, voice: Voice, key: str, *, first: bool) -> Any:
     """Return the model with one more adapter on it."""
     if voice.kind == bottleneck.KIND:
-        bottleneck.load(model, Path(str(voice.adapter)), name=voice.name)
+        bottleneck.load(model, Path(str(voice.adapter)), name=key)
         return model
     with warnings.catch_warnings():
         # peft asks transformers for names that transformers renames: nothing that a person can act on.
         warnings.simplefilter("ignore", FutureWarning)
         if first:
-            return PeftModel.from_pretrained(model, voice.adapter, adapter_name=voice.name)
-        model.load_adapter(voice.adapter, adapter_name=voice.name)
+            return PeftModel.from_pretrained(model, voice.adapter, adapter_name=key)
+        model.load_adapter(voice.adapter, adapter_name=key)
     return model
-
-
-def _is_virtual(model: Any) -> bool:
-    return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int] | None:

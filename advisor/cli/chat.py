@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,8 +136,6 @@ def _turn(prompt: str, sessions: dict[str, ChatSession], *, as_json: bool) -> No
 
 def _folders(targets: tuple[Path, ...], prompt: str | None, said: dict[str, Any], *, as_json: bool) -> None:
     """Talk to trained folders; with a prompt, each answers it from the beginning."""
-    # peft imports bitsandbytes, which warns that it would be faster with a package that we do not use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from advisor.adapters import AdapterChat, find_voices
     from advisor.run.launch import require_installed
     from advisor.ui.talk import talk, turn

@@ -23,6 +23,7 @@ from advisor.resources import kb_dir
 from advisor.templates import TemplateRefusalError
 from advisor.train.answers import Template, render_prompt
 from advisor.train.data import IGNORED
+from advisor.train.generation import generation_inputs
 from advisor.train.model import DTYPES, model_place
 from advisor.train.settings import Settings
 from advisor.train.tuners import virtual_tokens
@@ -178,13 +179,14 @@ class Evaluator:
         device = next(model.parameters()).device
         ids = torch.tensor([[pad] * (longest - len(one)) + one for one, _ in batch], device=device)
         mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one, _ in batch], device=device)
-        made = model.generate(
-            input_ids=ids, attention_mask=mask,
+        speaker, text = generation_inputs(model, ids, mask)
+        made = speaker.generate(
+            **text,
             generation_config=GenerationConfig(
                 do_sample=False, num_beams=1, max_new_tokens=most, eos_token_id=end,
                 pad_token_id=pad,
             ),
-        )[:, longest:].tolist()  # fmt: skip
+        )[:, text["input_ids"].shape[1] :].tolist()  # fmt: skip
         for (_, question), tokens in zip(batch, made, strict=True):
             ended = end in tokens
             own = tokens[: tokens.index(end)] if ended else tokens

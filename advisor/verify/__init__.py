@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,8 +112,6 @@ def _checks(
     state: Path | None,
     on_progress: Callable[[str], None],
 ) -> tuple[Check, ...]:
-    # peft imports bitsandbytes, which warns that it would be faster with a package that we do not use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # torch takes seconds to import, and `verify --help` must not wait for it.
     from advisor.verify import checks, own_weights, tensors
 

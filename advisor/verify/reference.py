@@ -98,8 +98,6 @@ def load_reference(trained: Trained, questions: Questions, samples: Samples) -> 
     Raises:
         ModelError: transformers or peft cannot load it.
     """
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, free_cores()))
     try:
@@ -161,6 +159,8 @@ def load_trained(trained: Trained) -> tuple[Any, Any]:
         RefusedError: the memory does not hold it.
     """
     _check_memory(trained)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(trained.tokenizer, local_files_only=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(

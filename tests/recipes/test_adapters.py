@@ -96,6 +96,37 @@ def test_it_says_what_the_whole_model_says(runs: dict[str, Path], tiny_model: Pa
         assert answer == tokenizer.decode(made, skip_special_tokens=True), name
 
 
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_virtual_tokens_count_in_what_is_generated(tmp_path: Path, kind: str) -> None:
+    """Each text of a batch goes on as computed anew for each token; a folder's name may have dots."""
+    import transformers
+
+    from advisor.train.generation import generation_inputs
+    from families import make_family
+    from methods import METHODS, make_adapter
+
+    base = make_family(tmp_path / "base", "llama")
+    chat = session(make_adapter(base, METHODS[kind], tmp_path / "v1.5", size=1.0))
+    model, texts = chat._model(), [[5, 9, 77, 100, 3, 200, 17], [5, 9, 77, 100]]
+
+    def anew(ids: list[int]) -> list[int]:
+        with torch.no_grad():
+            for _ in range(6):
+                ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+        return ids[-6:]
+
+    ids, mask = torch.tensor([texts[0], [0, 0, 0, *texts[1]]]), torch.tensor([[1] * 7, [0, 0, 0, 1, 1, 1, 1]])
+    usual = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    speaker, text = generation_inputs(model, ids, mask)
+    assert speaker.generate(**text, **usual)[:, -6:].tolist() == [anew(ids) for ids in texts]
+    speaker, text = generation_inputs(model, ids, mask, adapted=False)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    alone = plain.generate(torch.tensor(texts[:1]), **usual)[0, -6:].tolist()
+    assert speaker.generate(**text, **usual)[0, -6:].tolist() == alone
+    assert alone != anew(texts[0])
+    assert ask(chat, "v1.5") != ask(chat, "base")
+
+
 def test_another_kind_of_adapter_gets_a_copy_of_its_own(runs: dict[str, Path]) -> None:
     """PEFT does not mix kinds on one copy; the answers do not depend on who else is loaded."""
     names = ("river-ia3", "river-lora", "bread-lora")
