@@ -17,7 +17,7 @@ from advisor.estimate.time import estimate_time
 from advisor.estimate.tunable import ALIASES, TUNERS, tuner_name
 from advisor.intake import hardware_of, model_spec, own_cache_dir
 from advisor.knowledge import Knowledge, load
-from advisor.probe.calibration import calibration_file, observations
+from advisor.probe.calibration import calibration_file, observations, unreadable_lines
 from advisor.recommend.gates import estimated_as, unknown_of
 from advisor.types import (
     Band,
@@ -62,6 +62,8 @@ class CalibrationAnswer(msgspec.Struct, frozen=True, kw_only=True):
     ok: bool = True
     file: str | None
     errors: tuple[ErrorSummary, ...]
+    unreadable_lines: int
+    """Of the file; they are left out."""
 
 
 @click.command()
@@ -189,14 +191,16 @@ def estimate(
 def _calibration(*, as_json: bool) -> None:
     """Show the errors of what was predicted here, and where they are kept."""
     place = calibration_file()
-    errors = summarise(observations())
+    errors, lost = summarise(observations()), unreadable_lines()
     if as_json:
-        print_json(CalibrationAnswer(file=str(place) if place else None, errors=errors))
+        file = str(place) if place else None
+        print_json(CalibrationAnswer(file=file, errors=errors, unreadable_lines=lost))
         return
     from advisor.ui.measured import calibration as draw
 
     kept = f"Kept in {place}: delete it to forget, copy it to share. Nothing is sent." if place else ""
-    print_text(draw(errors), kept or "Nothing is kept: FTADVISOR_CALIBRATION is empty.")
+    left_out = [f"{lost} of its lines cannot be read and are left out."] if lost else []
+    print_text(draw(errors), kept or "Nothing is kept: FTADVISOR_CALIBRATION is empty.", *left_out)
 
 
 def _weight_bits(

@@ -10,6 +10,7 @@ The file is the person's own: delete it to forget, copy it to share.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -57,16 +58,23 @@ def remember(observation: Observation) -> bool:
 
 def observations() -> tuple[Observation, ...]:
     """Return all lines that can be read, oldest first; those cut off or of another form are passed over."""
+    return tuple(one for one in _lines() if one is not None)
+
+
+def unreadable_lines() -> int:
+    """Return how many lines are passed over."""
+    return sum(one is None for one in _lines())
+
+
+def _lines() -> Iterator[Observation | None]:
     path = calibration_file()
     if path is None or not path.is_file():
-        return ()
-    found = []
+        return
     for line in path.read_bytes().splitlines():
         try:
-            found.append(msgspec.json.decode(line, type=Observation))
+            yield msgspec.json.decode(line, type=Observation)
         except (msgspec.ValidationError, msgspec.DecodeError):
-            continue
-    return tuple(found)
+            yield None
 
 
 def measured_rates(machine: Hardware, *, recent_days: float) -> MatrixBench | None:

@@ -207,7 +207,10 @@ def _wait(workers: Workers) -> int:
     with Interrupts() as interrupts:
         while (status := workers.poll()) is None:
             if interrupts.count:
-                raise InterruptedRunError("Stopped before the training began.", "Start again: ftadvisor run")
+                raise InterruptedRunError(
+                    "Stopped while a few steps were tried; nothing is changed.",
+                    "Give the same command again.",
+                )
             time.sleep(LOOK_EVERY_SECONDS)
     return status
 

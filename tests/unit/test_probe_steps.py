@@ -13,7 +13,13 @@ import pytest
 from advisor.errors import RefusedError, TrainingError
 from advisor.estimate.calibrate import summarise
 from advisor.knowledge import load
-from advisor.probe.calibration import calibration_file, measured_rates, observations, remember
+from advisor.probe.calibration import (
+    calibration_file,
+    measured_rates,
+    observations,
+    remember,
+    unreadable_lines,
+)
 from advisor.probe.software import installed_packages
 from advisor.recipe import encode
 from advisor.run import probe_steps
@@ -255,6 +261,7 @@ def test_observations_are_kept_and_summed_up(tmp_path: Path, monkeypatch: pytest
     rate = Band(low=80.0, expected=100.0, high=120.0)
     remember(seen(1.0, 0.0, predicted_tokens_per_second=rate, measured_tokens_per_second=50.0))
     memory, speed = summarise(observations())
+    assert unreadable_lines() == 1
     assert (speed.quantity, speed.above_high) == ("time a token", 1)
     assert speed.worst_error == pytest.approx(-0.5)
     assert (memory.quantity, memory.runs, memory.above_high) == ("memory", 3, 1)
