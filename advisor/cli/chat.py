@@ -83,6 +83,10 @@ def chat(
             "Several run folders talk together, and one GGUF file alone or with a second one.",
             f"For two files: ftadvisor chat {targets[0]} --compare {targets[1]}",
         )
+    if prompt is None:
+        from advisor.ui.talk import need_terminal
+
+        need_terminal()
     if targets[0].is_dir() or len(targets) > 1:
         if lora or prefix or compare or context or kv_cache:
             raise UsageError(
@@ -143,8 +147,9 @@ def _folders(targets: tuple[Path, ...], prompt: str | None, said: dict[str, Any]
     require_installed(("torch", "transformers", "peft"))
     session = AdapterChat(find_voices(targets, offline=True, on_progress=lambda _: None), **said)
     if prompt is None:
-        talk({session.chosen: session}, {name: partial(_choose, session, name) for name in session.names},
-             session.chosen)  # fmt: skip
+        several = len(session.names) > 1
+        choices = {name: partial(_choose, session, name) for name in session.names} if several else {}
+        talk({session.chosen: session}, choices, session.chosen)
         return
     answers = {}
     for name in session.voices:

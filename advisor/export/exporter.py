@@ -230,7 +230,8 @@ def _export(
         files += made
         if "modelfile" in targets:
             files.append(_write_modelfile(job, made, vocabulary))
-            notes += [] if has_template(vocabulary, _tokenizer_settings(job)) else [_TEMPLATE_NOTE]
+            given = not vocabulary.chat_template or has_template(vocabulary, _tokenizer_settings(job))
+            notes += [] if given else [_TEMPLATE_NOTE]
     if adapter is not None:
         files.append(_write_lora(job, adapter))
     return files, notes

@@ -41,13 +41,8 @@ Choices: TypeAlias = Mapping[str, Callable[[float | None], None]]
 """Name of an adapter -> puts it on, with a strength where one is named."""
 
 
-def talk(sessions: Mapping[str, Talks], choices: Choices | None = None, chosen: str = "") -> None:
-    """Converse until an empty line, /quit, Ctrl-D or Ctrl-C; /new forgets what was said.
-
-    Args:
-        sessions: who answers, by name.
-        choices: what `/adapter NAME` may choose.
-        chosen: which of them is on.
+def need_terminal() -> None:
+    """Refuse a conversation before anything is loaded for it.
 
     Raises:
         UsageError: standard input is not a terminal.
@@ -56,6 +51,16 @@ def talk(sessions: Mapping[str, Talks], choices: Choices | None = None, chosen: 
         raise UsageError(
             "A conversation needs a terminal.", "One turn without one: ftadvisor chat FILE --prompt TEXT"
         )
+
+
+def talk(sessions: Mapping[str, Talks], choices: Choices | None = None, chosen: str = "") -> None:
+    """Converse until an empty line, /quit, Ctrl-D or Ctrl-C; /new forgets what was said.
+
+    Args:
+        sessions: who answers, by name.
+        choices: what `/adapter NAME` may choose.
+        chosen: which of them is on.
+    """
     console = make_console()
     more = f" {ADAPTER} NAME changes the adapter: {', '.join(choices)}." if choices else ""
     commands = Text(f"An empty line or /quit ends; /new starts again.{more}", style="quiet")

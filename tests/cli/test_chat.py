@@ -78,8 +78,12 @@ def test_whatever_is_typed_the_conversation_goes_on(
     assert terminal.wait_end() == 0
 
 
-def test_two_files_are_compared_by_name(gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two GGUF files are no run folders; the command that compares them is told."""
+def test_what_cannot_be_a_conversation_is_told_before_loading(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a terminal there is none, whatever the file; two GGUF files are no run folders."""
+    assert run(["chat", str(tmp_path / "not looked at.gguf")]) == 2
+    assert "A conversation needs a terminal" in capsys.readouterr().err
     assert run(["chat", str(gguf), str(gguf)]) == 2
     assert f"ftadvisor chat {gguf} --compare {gguf}" in capsys.readouterr().err
 
