@@ -21,6 +21,11 @@ from advisor.storage import write_atomic
 from advisor.types import Plan, Recipe, Scenario
 
 SEED = 42
+DATA_FLAWS = (
+    "no_contrast", "needs_nonzero_success", "tools_column", "chat_template", "dedupe",
+    "likelihood_displacement",
+)  # fmt: skip
+"""Warnings about data that are to be mended first."""
 OWN_REWARD = "own_reward.py"
 """The person's reward file in the run folder, which is moved whole."""
 
@@ -35,9 +40,10 @@ def require_trainable(plan: Plan, scenario: Scenario) -> None:
         raise RefusedError(f"There is nothing to train: {plan.summary}", _next_step(plan), code=plan.verdict)
     _require_reward(plan)
     if plan.verdict != "train" and not scenario.goal.force:
+        chain = " then ".join(dict.fromkeys(stage.objective for stage in plan.stages))
         raise RefusedError(
             f"Not advised as asked ({plan.verdict}): {plan.summary}",
-            f"{_next_step(plan)} To take this plan as it is, add --force.",
+            f"{_next_step(plan)} To take this plan ({plan.method}, {chain}) as it is, add --force.",
             code=plan.verdict,
         )
 
@@ -111,5 +117,6 @@ def _content(setting: str, file: Path) -> bytes:
 def _next_step(plan: Plan) -> str:
     if plan.alternatives:
         return plan.alternatives[0].message
-    musts = [warning.remedy for warning in plan.warnings if warning.severity == "must"]
-    return musts[0] if musts else "Look at the whole plan with --dry-run."
+    musts = [one for one in plan.warnings if one.severity == "must" and not one.handled]
+    flaws = [one for one in musts if one.code in DATA_FLAWS] if plan.verdict == "fix_data_first" else []
+    return (flaws or musts)[0].remedy if musts else "Look at the whole plan with --dry-run."

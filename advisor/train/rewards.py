@@ -80,9 +80,15 @@ def _checked(name: str, settings: ReinforcementSettings, *, answered: bool) -> R
             "Give prompts with answers, or another of reward_functions.",
         )
     if name == "regular_expression" and settings.reward_pattern is None:
-        raise RefusedError("The reward regular_expression needs reward_pattern.", "Set it in the recipe.")
+        raise RefusedError(
+            "The reward regular_expression needs reward_pattern.",
+            "Set it in the recipe, or plan again with --set reward_pattern='^[A-Z]'.",
+        )
     if name == "json_schema" and settings.reward_schema is None:
-        raise RefusedError("The reward json_schema needs reward_schema.", "Set it in the recipe.")
+        raise RefusedError(
+            "The reward json_schema needs reward_schema.",
+            "Set it in the recipe, or plan again with --set reward_schema=FILE.json.",
+        )
     mark = _marks(settings)[name]
 
     def reward(completions: list[Any], **columns: Any) -> list[float]:

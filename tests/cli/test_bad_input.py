@@ -84,6 +84,14 @@ def test_five_rows(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_of_one_kind(tmp_path: Path) -> None:
+    """The next step is to mend just that, not another advice of the plan."""
+    marked = [{"prompt": f"Say {n}.", "completion": f"It is {n}.", "label": True} for n in range(200)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, marked)))
+    answer = _plan(tmp_path, "--data", "data.jsonl", "--model", "starter", "--method", "kto")
+    _assert_error(answer, 3, "Next:  Collect answers of the other kind", ", kto) as it is, add --force")
+
+
 def test_unknown_hardware_names_the_nearest(tmp_path: Path) -> None:
     """A misspelt accelerator is a usage error with the one that was meant."""
     _assert_error(ftadvisor("plan", "--hardware", "RTX 3600", "--dry-run", cwd=tmp_path), 2, "RTX 3060")
