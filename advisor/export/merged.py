@@ -19,6 +19,7 @@ from advisor.export.config_fields import is_tied
 from advisor.gguf_rules import Architecture, rules
 
 _EVERYTHING = slice(None)
+_PART_ROWS = 4096
 _WRONG_BASE = "Name the base model that the adapter was trained on."
 
 
@@ -53,13 +54,26 @@ class Merged:
         self._base = _prefixed(base, self.layout.prefix)
         self._adapter = adapter
         self._saved = {} if adapter is None else dict(adapter.saved)
-        self._tied = is_tied(config)
+        self._tied = is_tied(config) and not self._stored_apart()
         self.own_head = not self._tied
         self.prompt = _prompt(adapter, config, scaled=self.layout.scaled_prompt)
         """Embeddings of virtual tokens, as rows to append to the embedding."""
         if adapter is not None:
             self._check(adapter)
             self.own_head = self.own_head or self._unties(adapter) or adapter.prompt is not None
+
+    def _stored_apart(self) -> bool:
+        """Whether the checkpoint holds an output layer that is not the embedding: transformers takes both."""
+        embedding, head = (self._base.tensors.get(name) for name in (self.layout.embedding, self.layout.head))
+        if embedding is None or head is None or embedding.shape != head.shape:
+            return False
+        parts = (slice(start, start + _PART_ROWS) for start in range(0, head.shape[0], _PART_ROWS))
+        return not all(
+            np.array_equal(
+                self._base.rows(self.layout.embedding, part), self._base.rows(self.layout.head, part)
+            )
+            for part in parts
+        )
 
     def names(self) -> set[str]:
         """Return every parameter that must find a place in the file."""
@@ -133,8 +147,10 @@ class Merged:
 
     def _mean(self, name: str, count: int) -> Floats:
         total = np.zeros(self.shape(name)[1], dtype=np.float64)
-        for start in range(0, count, 4096):
-            total += self._rows(name, slice(start, min(start + 4096, count))).sum(axis=0, dtype=np.float64)
+        for start in range(0, count, _PART_ROWS):
+            total += self._rows(name, slice(start, min(start + _PART_ROWS, count))).sum(
+                axis=0, dtype=np.float64
+            )
         return np.asarray(total / count, dtype=np.float32)
 
     def _source(self, name: str) -> str:

@@ -135,6 +135,16 @@ def test_every_family_is_exported_and_proved(models: dict[str, Path], name: str,
             assert float(_check(proof, "logits").measured["max_delta"] or 1) < 1e-4
 
 
+def test_output_layer_stored_beside_a_shared_embedding_counts(tmp_path: Path) -> None:
+    """config.json says shared, the weights hold two that differ: transformers takes both, as we do."""
+    folder = make_tiny_model(tmp_path / "model", tied=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"][::-1].copy()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    proof = verify_gguf(_file(export_model(folder, quants=("F32",)), "F32"), against=folder)
+    assert proof.passed, [check.evidence for check in proof.checks if not check.passed]
+
+
 @pytest.mark.parametrize("name", list(ADAPTERS))
 def test_every_adapter_is_merged_exactly(adapters: dict[str, Path], name: str, tmp_path: Path) -> None:
     """The merged file equals base and live adapter, in F32 to rounding and in four bits within bounds."""
