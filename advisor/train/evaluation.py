@@ -79,20 +79,24 @@ class Evaluator:
         return Measured(rows=rows, samples=samples, probes=probes, seconds=seconds)
 
     @property
-    def batches(self) -> int:
-        """Batches of questions of one evaluation, where time does not end it."""
-        return sum(math.ceil(len(part) / TOGETHER) for part in (self._samples, self._probes))
+    def batches(self) -> tuple[int, ...]:
+        """Questions of each batch of one evaluation, where time does not end it."""
+        return tuple(
+            min(TOGETHER, len(part) - start)
+            for part in (self._samples, self._probes)
+            for start in range(0, len(part), TOGETHER)
+        )
 
     def score(self) -> None:
         """Score the rows once, as an evaluation does; to be timed."""
         with self._asked() as model:
             list(self._losses(model, swap=False))
 
-    def answer(self, tokens: int) -> None:
-        """Answer one batch of questions, `tokens` tokens each; to be timed."""
-        questions = max(self._samples, self._probes, key=len)[:TOGETHER]
+    def answer(self, tokens: int, *, questions: int) -> None:
+        """Answer one batch of so many questions, `tokens` tokens each; to be timed."""
+        asked = max(self._samples, self._probes, key=len)[:questions]
         with self._asked() as model:
-            list(self._ask(model, questions, until=math.inf, most=tokens))
+            list(self._ask(model, asked, until=math.inf, most=tokens))
 
     @contextlib.contextmanager
     def _asked(self) -> Iterator[Any]:

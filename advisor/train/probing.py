@@ -360,24 +360,32 @@ def _asking(probe: Probe, evaluator: Evaluator, watch: _Watch) -> Times:
     watch.lap()
     evaluator.score()
     rows = watch.lap().scaled(probe.scored_tokens / max(probe.heldout_taken, 1))
-    if not evaluator.batches:
-        return rows.scaled(3)
-    evaluator.answer(FEW_ANSWERED)  # the first of a process warms up
-    watch.lap()
-    evaluator.answer(FEW_ANSWERED)
-    few = watch.lap()
-    evaluator.answer(MORE_ANSWERED)
-    token = watch.lap().beyond(few).scaled(1 / (MORE_ANSWERED - FEW_ANSWERED))
-    batch = few.plus(token.scaled(ANSWER_TOKENS - FEW_ANSWERED))
+    each = {size: _batch(evaluator, size, watch) for size in dict.fromkeys(evaluator.batches)}
     return sum_of(
-        scored.plus(batch.scaled(min(evaluator.batches, _batches_in(MOST_SECONDS - scored.seconds, batch))))
+        scored.plus(_begun([each[size] for size in evaluator.batches], MOST_SECONDS - scored.seconds))
         for scored in (rows, rows.scaled(2))
     )
 
 
-def _batches_in(seconds: float, batch: Times) -> int:
-    """Return how many batches are begun in so many seconds."""
-    return max(0, math.ceil(seconds / max(batch.seconds, 1e-9)))
+def _batch(evaluator: Evaluator, size: int, watch: _Watch) -> Times:
+    """Return what answering `size` questions together takes."""
+    evaluator.answer(FEW_ANSWERED, questions=size)  # the first of a size warms up
+    watch.lap()
+    evaluator.answer(FEW_ANSWERED, questions=size)
+    few = watch.lap()
+    evaluator.answer(MORE_ANSWERED, questions=size)
+    token = watch.lap().beyond(few).scaled(1 / (MORE_ANSWERED - FEW_ANSWERED))
+    return few.plus(token.scaled(ANSWER_TOKENS - FEW_ANSWERED))
+
+
+def _begun(batches: Sequence[Times], seconds: float) -> Times:
+    """Return what the batches take that are begun, one after the other, in so many seconds."""
+    total = Times()
+    for batch in batches:
+        if total.seconds >= seconds:
+            break
+        total = total.plus(batch)
+    return total
 
 
 def _reference(probe: Probe, trainer: Any, settings: Settings, watch: _Watch) -> Times:
