@@ -197,5 +197,5 @@ def checked_quants(given: tuple[str, ...]) -> tuple[str, ...]:
     valid = facts.direct + facts.through_llama
     for name in given:
         if name.upper() not in valid:
-            raise UnknownNameError("quantisation", name, valid, f"Valid: {', '.join(valid)}.")
+            raise UnknownNameError("quantisation", name, valid, "ftadvisor export --help")
     return tuple(dict.fromkeys(name.upper() for name in given))

@@ -170,7 +170,7 @@ def _convert(
 def _checked(to: Sequence[str], quants: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for target in to:
         if target not in TARGETS:
-            raise UnknownNameError("export target", target, TARGETS, f"Valid: {', '.join(TARGETS)}.")
+            raise UnknownNameError("export target", target, TARGETS, "ftadvisor export --help")
     wanted = checked_quants(quants)
     if not to or ("gguf" in to and not wanted):
         raise UsageError("Nothing was asked for.", "For example: --to gguf --quant F16,Q4_K_M")
