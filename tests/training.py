@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from advisor.resources import recipes_dir
-from advisor.run.devices import ACCELERATE, accelerate_config
+from advisor.run.devices import ACCELERATE, DEEPSPEED, accelerate_config, deepspeed_config
 from advisor.run.events import read_events
 from advisor.run.stages import REPORT, read_jobs
 from advisor.run.supervisor import report_of, run_plan
@@ -86,6 +86,8 @@ def make_run(
     write_atomic(folder / "recipe.yaml", encode_yaml(recipe))
     if parallel is not None:
         write_atomic(folder / ACCELERATE, encode_yaml(accelerate_config(recipe, parallel)))
+    if parallel is not None and parallel.kind == "zero3":
+        write_json(folder / DEEPSPEED, deepspeed_config(recipe))
     return folder
 
 

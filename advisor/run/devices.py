@@ -33,7 +33,8 @@ def device_files(plan: Plan, recipes: tuple[Recipe, ...]) -> dict[str, bytes]:
     first = found[0]
     assert first.parallel is not None
     files: dict[str, Any] = {ACCELERATE: accelerate_config(first, first.parallel)}
-    if first.parallel.kind == "zero3":
+    if first.parallel.kind != "ddp":
+        # Beside FSDP too: with it, `kind: zero3` in the recipe is all that has to be changed.
         files[DEEPSPEED] = deepspeed_config(first)
     written = {name: _text(name, value) for name, value in files.items()}
     return {**written, SLURM: _slurm(plan, first.parallel), SKY: _sky(plan, first.parallel)}

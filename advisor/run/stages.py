@@ -16,7 +16,7 @@ from advisor.errors import InputError, RefusedError
 from advisor.programs import read_program
 from advisor.recipe import check
 from advisor.resources import recipes_dir
-from advisor.run.devices import ACCELERATE
+from advisor.run.devices import ACCELERATE, DEEPSPEED
 from advisor.run.events import read_events, stage_of
 from advisor.storage import file_sha256, read_record, write_json
 from advisor.types import Plan, Program, Recipe, Record, RunReport, StageEstimate
@@ -128,8 +128,14 @@ def _job(folder: Path, file: Path, estimate: StageEstimate | None, *, last: bool
 def _check_parallel(folder: Path, recipe: Recipe, facts: Program) -> None:
     if recipe.parallel is None:
         return
-    if not (folder / ACCELERATE).is_file():
-        raise InputError(f"{folder} lacks {ACCELERATE}, which says how the devices work together.", AGAIN)
+    needed = (ACCELERATE, DEEPSPEED) if recipe.parallel.kind == "zero3" else (ACCELERATE,)
+    for name in needed:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} lacks {name}, which says how the devices work together.", AGAIN)
+    if recipe.parallel.kind == "zero3" and recipe.tuner == "qlora":
+        raise RefusedError(
+            "A base in 4 bits is not spread by DeepSpeed here.", "Set kind: fsdp in the recipe."
+        )
     if recipe.parallel.kind != "ddp" and recipe.tuner not in facts.sharded:
         raise RefusedError(
             f"{recipe.objective} with {recipe.tuner} is not trained with its weights spread over several "

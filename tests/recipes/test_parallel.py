@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 from advisor.run.events import read_events
 from advisor.types import RecipeParallel
 from spread import run_spread, shard_on_cpu
-from training import events_of, make_run, rows, run_here, write_rows
+from training import events_of, make_run, rows, run, run_here, write_rows
 
 pytest.importorskip("torch")
 
@@ -136,6 +137,31 @@ def test_fsdp_holds_a_half_in_each_process_and_trains_as_one_does(
         shutil.rmtree(gone)
     assert run_spread(again, first=shard_on_cpu) == [0, 0], events_of(again, "error")
     third = load_file(again / "model" / "model.safetensors")
+    assert max(np.abs(second[name] - third[name]).max() for name in second) < 1e-6
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs pip install 'ftadvisor[deepspeed]'")
+def test_deepspeed_trains_as_one_process_does(
+    alone: Path, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO-3 with the configuration of a plan: weights in halves, same losses, saved whole, resumed alike."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    folder = spread_run(tmp_path / "run", "zero3", tuner="full", model=tiny_model, data=data)
+    run(folder)
+    (found,) = events_of(folder, "parallel")
+    assert (found["kind"], 2 * found["held_here"]) == ("zero3", found["parameters"])
+    assert losses(folder) == pytest.approx(losses(alone), abs=SAME_LOSS)
+    first, second = (load_file(one / "model" / "model.safetensors") for one in (alone, folder))
+    assert first.keys() == second.keys()
+    assert max(np.abs(first[name] - second[name]).max() for name in first) < 1e-5
+
+    for gone in ("model", "checkpoints/checkpoint-4"):
+        shutil.rmtree(folder / gone)
+    for gone in ("events.jsonl", "report.json"):
+        (folder / gone).unlink()
+    run(folder, resume=True)
+    assert [event["step"] for event in events_of(folder, "step")] == [3, 4]
+    third = load_file(folder / "model" / "model.safetensors")
     assert max(np.abs(second[name] - third[name]).max() for name in second) < 1e-6
 
 

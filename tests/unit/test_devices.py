@@ -103,6 +103,25 @@ def test_a_folder_without_its_accelerate_file_is_refused(tmp_path: Path) -> None
         read_jobs(folder)
 
 
+def test_fsdp_is_changed_to_deepspeed_by_one_word(tmp_path: Path) -> None:
+    """The file that DeepSpeed reads lies beside the recipe; a 4-bit base stays with FSDP."""
+    made = plan(rows(), hardware=H100_8, model=LLAMA_8B, requested_method="full")
+    folder = folder_of(msgspec.structs.replace(made, parallel="fsdp", processes=8), tmp_path / "full")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("kind: fsdp", "kind: zero3"))
+    (job,) = read_jobs(folder)
+    assert job.recipe.parallel is not None
+    assert job.recipe.parallel.kind == "zero3"
+    (folder / DEEPSPEED).unlink()
+    with pytest.raises(InputError, match=DEEPSPEED):
+        read_jobs(folder)
+    made = plan(rows(mean_tokens=350), hardware=RTX_3090_2, model=LLAMA_70B, requested_method="qlora")
+    recipe = folder_of(made, tmp_path / "qlora") / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("kind: fsdp", "kind: zero3"))
+    with pytest.raises(RefusedError, match="4 bits"):
+        read_jobs(recipe.parent)
+
+
 def start(*programs: str) -> Workers:
     """Start one process for each program."""
     return Workers([subprocess.Popen([sys.executable, "-c", one], process_group=0) for one in programs])
