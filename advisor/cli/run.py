@@ -11,8 +11,10 @@ from advisor.cli.output import print_json, print_next, print_text
 from advisor.run.harness import Tasks, check_tasks, with_tasks
 from advisor.run.ladder import CONSENT
 from advisor.run.page import write_page
+from advisor.run.stages import PLAN
 from advisor.run.supervisor import run_plan
-from advisor.types import RunReport
+from advisor.storage import read_record
+from advisor.types import Plan, RunReport
 
 
 @click.command()
@@ -64,16 +66,22 @@ def run(
             print_text(measured.evaluation(report.evaluation))
         if report.tasks:
             print_text(measured.task_scores(report.tasks))
-        change = "a larger --set replay_fraction=..." if report.forgotten else "more --set epochs=..."
-        again = f"ftadvisor plan --continue EARLIER_RUN --data NEW, with {change}"
         # With an adapter for each task, all lie in folders of their own and are talked to together.
         apart = any(place.startswith("stages/") for place in report.artefacts.values())
         done = f"ftadvisor chat {folder}" if apart else f"ftadvisor export {folder}"
         if report.program in ("classify", "reward"):
             done = f"{folder}/report.html says how to load it; it writes no text, so there is no GGUF of it"
-        print_next(done if report.ok else again)
+        print_next(done if report.ok else _again(folder, report))
     if not report.ok:
         raise click.exceptions.Exit(1)
+
+
+def _again(folder: Path, report: RunReport) -> str:
+    """Return what to do when too much was forgotten, or the new task was not learned."""
+    start = read_record(folder / PLAN, Plan).start if (folder / PLAN).is_file() else None
+    old = f"--continue {start.folder}" if start else "--earlier OLD"
+    change = "a larger --set replay_fraction=..." if report.forgotten else "more --set epochs=..."
+    return f"ftadvisor plan {old} --data NEW, with {change}"
 
 
 def train(
