@@ -48,7 +48,7 @@ def test_demo_changes_the_voice_and_keeps_the_rest(demo: tuple[Path, dict[str, o
 
 
 def test_demo_proves_every_file(demo: tuple[Path, dict[str, object]]) -> None:
-    """F16, Q8_0 and Q4_K_M are each proved by all checks."""
+    """F16, Q8_0 and Q4_K_M are each proved by all checks; the arithmetic where logits differ anyway."""
     folder, _ = demo
     proofs = [
         json.loads(path.read_text())
@@ -58,7 +58,8 @@ def test_demo_proves_every_file(demo: tuple[Path, dict[str, object]]) -> None:
     names = {"token_ids", "logits", "greedy_text", "chat_template", "special_tokens", "metadata", "tensors"}
     for proof in proofs:
         assert proof["passed"] is True
-        assert {check["name"] for check in proof["checks"]} == names
+        own = set() if proof["quant"] == "F16" else {"arithmetic"}
+        assert {check["name"] for check in proof["checks"]} == names | own
         assert all(check["evidence"] for check in proof["checks"])
 
 
