@@ -41,7 +41,8 @@ def generation_inputs(
     if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
         cache = prompt
     else:
-        cache = base(inputs_embeds=prompt, use_cache=True).cache
+        stored = base.get_input_embeddings().weight.dtype
+        cache = base(inputs_embeds=prompt.to(stored), use_cache=True).cache
     # The library takes what is in the cache for the first of the ids and computes the others alone.
     before = ids.new_zeros((len(ids), cache.get_seq_length()))
     return base, {
