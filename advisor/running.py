@@ -6,8 +6,11 @@ cache types that llama.cpp computes slowly or not at all.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import importlib.util
+import sys
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -299,6 +302,7 @@ class Said:
         import llama_cpp
 
         self._lines: list[str] = []
+        sys.unraisablehook = _raise_later
         self.callback = llama_cpp.llama_log_callback(self._hear)
         _HEARD.append(self.callback)
         llama_cpp.llama_log_set(self.callback, ctypes.c_void_p(0))
@@ -312,6 +316,15 @@ class Said:
         return next((line.split(": ", 1)[-1] for line in self._lines if line), "")
 
 
+def _raise_later(found: sys.UnraisableHookArgs) -> None:
+    """Raise a Ctrl-C again that came while llama.cpp was calling, where Python can only drop it."""
+    if issubclass(found.exc_type, KeyboardInterrupt):
+        threading.Timer(_LATER_SECONDS, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(found)
+
+
+_LATER_SECONDS = 0.05
 _HEARD: list[object] = []
 """llama.cpp calls the last callback it was given for as long as the process lives, so none may be freed."""
 _KEPT_LINES = 8

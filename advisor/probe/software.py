@@ -27,7 +27,7 @@ EXTRAS = {
         "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "tokenizers",
         "safetensors", "jsonschema",
     ),
-    "gguf": ("gguf", "llama-cpp-python"),
+    "gguf": ("gguf", "llama-cpp-python", "threadpoolctl"),
 }  # fmt: skip
 """What must be there to train and to export; a test compares it with the extras in pyproject.toml."""
 _DISTRIBUTION = "ftadvisor"

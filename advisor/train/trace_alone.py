@@ -119,7 +119,7 @@ class Finder(MetaPathFinder, Loader):
         """Run nothing: it has no code."""
 
 
-def _keep_out() -> None:
+def keep_out() -> None:
     """Put the stand-ins where Python looks first."""
     modules: dict[str, Any] = sys.modules
     modules["bitsandbytes"] = None  # counts as not installed
@@ -135,7 +135,7 @@ def _keep_out() -> None:
 def main() -> NoReturn:
     """Answer as the tracer does."""
     gc.disable()  # nothing of what is imported goes away again
-    _keep_out()
+    keep_out()
     tracer = importlib.import_module("advisor.train.trace")
     gc.enable()
     tracer.main()

@@ -185,11 +185,10 @@ def test_every_accepted_key_is_read(objective: str) -> None:
     for name, key in program.keys.items():
         assert key.doc.endswith("."), name
         if name in sft.keys and name != "loss_on":
-            assert (key.type, key.low, key.high) == (
-                sft.keys[name].type,
-                sft.keys[name].low,
-                sft.keys[name].high,
-            )
+            assert (key.type, key.high) == (sft.keys[name].type, sft.keys[name].high)
+            # KTO compares the rows of a batch with one another, and needs two.
+            least = 2.0 if (objective, name) == ("kto", "micro_batch") else sft.keys[name].low
+            assert key.low == least
 
 
 @pytest.mark.parametrize(("tuner", "bits"), [("qlora", 4), ("lora", 16)])

@@ -19,7 +19,7 @@ from cases import plan, rows
 
 K = load()
 MANY = settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-SOME = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SOME = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 CAPABILITIES = st.sampled_from([("6.1", False), ("7.5", False), ("8.0", True), ("8.6", True), ("9.0", True)])
 KINDS = [

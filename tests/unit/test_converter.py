@@ -13,7 +13,7 @@ import pytest
 
 from advisor.errors import ExportError, UsageError
 from advisor.export import export_model
-from advisor.export.converter import PROGRAM, _unpack, contents_sha256, find_converter
+from advisor.export.converter import _unpack, contents_sha256, find_converter
 from advisor.verify import verify_gguf
 from tiny import make_tiny_model
 
@@ -104,24 +104,13 @@ def test_changed_copy_is_not_used(tmp_path: Path) -> None:
         find_converter(None, cache=tmp_path, offline=True, on_progress=_silent)
 
 
-def _checkout() -> Path | None:
-    """Return sources of llama.cpp with the converter: what was named, or what uv compiled and still keeps."""
-    if named := os.environ.get("FTADVISOR_LLAMA_CPP"):
-        return Path(named)
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uv"
-    version = importlib.metadata.version("llama-cpp-python")
-    kept = f"sdists-*/pypi/llama-cpp-python/{version}/*/src/vendor/llama.cpp/{PROGRAM}"
-    found = Path(os.environ.get("UV_CACHE_DIR") or usual).glob(kept)
-    return next((path.parent for path in found), None)
-
-
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
 @pytest.mark.slow
 def test_other_architecture_is_converted_and_proved(tmp_path: Path) -> None:
     """An adapter on an architecture not written here, in four bits by an importance matrix, is right."""
-    checkout = _checkout()
-    if checkout is None:
-        pytest.skip("uv keeps no sources of llama-cpp-python, and FTADVISOR_LLAMA_CPP names no checkout")
+    if "FTADVISOR_LLAMA_CPP" not in os.environ:
+        pytest.skip("FTADVISOR_LLAMA_CPP names no checkout of llama.cpp")
+    checkout = Path(os.environ["FTADVISOR_LLAMA_CPP"])
     import gguf
     import peft
     import transformers

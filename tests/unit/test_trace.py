@@ -65,6 +65,43 @@ REAL: tuple[tuple[ModelSpec, dict[str, Any]], ...] = (
 )
 
 
+TRACER = """
+import sys
+import msgspec
+from advisor.train import trace_alone
+trace_alone.keep_out()
+from advisor.errors import RefusedError
+from advisor.train.trace import Question, extrapolate, trace
+for line in sys.stdin.buffer:
+    asked = msgspec.json.decode(line, type=Question)
+    try:
+        answers = [trace(asked.spec, asked.settings)]
+        if asked.spec.shape.layers == 20:
+            answers.append(extrapolate(asked.spec, asked.settings))
+        print(msgspec.json.encode(answers).decode())
+    except RefusedError as error:
+        print(error)
+"""
+"""Starts as `python -m advisor.train.trace_alone` does, and traces deep models in both ways."""
+PHI = spec("phi3", heads=16, kv_heads=16, tied=False, **WIDE)
+REFUSED: tuple[tuple[ModelSpec, dict[str, Any], str], ...] = (
+    (LLAMA, {"tuner": "adapter"}, "prompt_tuning"),
+    (PHI, {"tuner": "ln_tuning"}, "PEFT names no layers of phi3"),
+    (LLAMA, {"gpus": 4, "shard": "fsdp"}, "shard = fsdp is not traced; valid for shard: none"),
+    (LLAMA, {"weight_bits": 8}, "valid for weight_bits: 4, 16, 32"),
+    (LLAMA, {"optimizer": "adafactor"}, "adamw_torch_fused"),
+    (LLAMA, {"checkpoint_every": 2}, "checkpoint_every = 2"),
+    (spec(heads=16, kv_heads=4, experts=8, **WIDE), {}, "mixture of experts"),
+)
+DEEP: tuple[tuple[ModelSpec, dict[str, Any]], ...] = (
+    (spec(heads=4, kv_heads=2, **{**SMALL, "layers": 20}), {"seq_len": 256}),
+    (
+        spec(heads=4, kv_heads=2, **{**SMALL, "layers": 20}),
+        {"tuner": "full", "accumulate": False, "loss": "full_logits", "gradient_checkpointing": False},
+    ),
+)
+
+
 def real_peaks(cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[int]:
     """Train two real steps of each case, and return the bytes that the second one held."""
     from real_step import measure
@@ -72,25 +109,27 @@ def real_peaks(cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[int]
     return [measure(model, MemorySettings(**given), "cpu").peak for model, given in cases]
 
 
-def run(program: tuple[str, str], cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[bytes]:
-    """Give cases to a process of its own, as everyone must: the tracer replaces functions of torch."""
-    lines = [msgspec.json.encode({"spec": m, "settings": MemorySettings(**given)}) for m, given in cases]
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """A line for each case, those of a card before those of a processor; all from one process of its own, as
+    everyone must: the tracer replaces functions of torch."""
+    refused = ((model, given) for model, given, _ in REFUSED)
+    lines = [
+        msgspec.json.encode({"spec": model, "settings": MemorySettings(**given)})
+        for model, given in (*CASES, *REAL, *DEEP, *refused)
+    ]
     answer = subprocess.run(
-        [sys.executable, *program], input=b"\n".join(lines), capture_output=True, check=True
+        [sys.executable, "-c", TRACER], input=b"\n".join(lines), capture_output=True, check=True
     )
-    return answer.stdout.splitlines()
-
-
-def ask(module: str, cases: tuple[tuple[ModelSpec, dict[str, Any]], ...]) -> list[TracedPeaks]:
-    """Trace as `python -m MODULE` does."""
-    found = run(("-m", module), cases)
-    return [msgspec.json.decode(line, type=TracedPeaks) for line in found if line.startswith(b"{")]
+    found = answer.stdout.decode().splitlines()
+    assert len(found) == len(lines)
+    return found
 
 
 @pytest.fixture(scope="module")
-def traces() -> list[TracedPeaks]:
-    """What the tracer says of all cases, those of a card before those of a processor."""
-    return ask("advisor.train.trace_alone", (*CASES, *REAL))
+def traces(said: list[str]) -> list[TracedPeaks]:
+    """What the tracer holds to be the peaks of CASES and REAL."""
+    return [msgspec.json.decode(line, type=list[TracedPeaks])[0] for line in said[: len(CASES) + len(REAL)]]
 
 
 @pytest.mark.slow
@@ -116,57 +155,22 @@ def test_the_tracer_agrees_with_real_steps(traces: list[TracedPeaks]) -> None:
         assert peaks.fullest[1] == pytest.approx(real, rel=0.02), (model.model_type, given)
 
 
-EVERYTHING = """
-import sys
-import msgspec
-from advisor.errors import RefusedError
-from advisor.train.trace import Question, extrapolate, trace
-for line in sys.stdin.buffer:
-    asked = msgspec.json.decode(line, type=Question)
-    try:
-        answers = [trace(asked.spec, asked.settings)]
-        if asked.spec.shape.layers == 20:
-            answers.append(extrapolate(asked.spec, asked.settings))
-        print(msgspec.json.encode(answers).decode())
-    except RefusedError as error:
-        print(error)
-"""
-"""Traces with everything imported, deep models in both ways."""
-PHI = spec("phi3", heads=16, kv_heads=16, tied=False, **WIDE)
-REFUSED: tuple[tuple[ModelSpec, dict[str, Any], str], ...] = (
-    (LLAMA, {"tuner": "adapter"}, "prompt_tuning"),
-    (PHI, {"tuner": "ln_tuning"}, "PEFT names no layers of phi3"),
-    (LLAMA, {"gpus": 4, "shard": "fsdp"}, "shard = fsdp is not traced; valid for shard: none"),
-    (LLAMA, {"weight_bits": 8}, "valid for weight_bits: 4, 16, 32"),
-    (LLAMA, {"optimizer": "adafactor"}, "adamw_torch_fused"),
-    (LLAMA, {"checkpoint_every": 2}, "checkpoint_every = 2"),
-    (spec(heads=16, kv_heads=4, experts=8, **WIDE), {}, "mixture of experts"),
-)
-DEEP: tuple[tuple[ModelSpec, dict[str, Any]], ...] = (
-    (spec(heads=4, kv_heads=2, **{**SMALL, "layers": 20}), {"seq_len": 256}),
-    (
-        spec(heads=4, kv_heads=2, **{**SMALL, "layers": 20}),
-        {"tuner": "full", "accumulate": False, "loss": "full_logits", "gradient_checkpointing": False},
-    ),
-)
-
-
 @pytest.mark.slow
-def test_the_tracer_with_everything_imported(traces: list[TracedPeaks]) -> None:
-    """It says the same as without what it has no use for. What 4, 8 and 12 blocks hold says what 20 hold, to
-    a thousandth. What it does not follow is refused, not traced as something else; so is layer-norm tuning
-    of a family for which PEFT names no layers."""
-    refused = tuple((model, given) for model, given, _ in REFUSED)
-    asked = (*DEEP, *CASES[::8], *REAL)
-    said = [line.decode() for line in run(("-c", EVERYTHING), (*asked, *refused))]
-    assert len(said) == len(asked) + len(REFUSED)
-    answers = [msgspec.json.decode(line, type=list[TracedPeaks]) for line in said[: len(asked)]]
-    for whole, some in answers[: len(DEEP)]:
+def test_a_deep_model_is_extrapolated_from_smaller_depths(said: list[str]) -> None:
+    """What 4, 8 and 12 blocks hold says what 20 hold, to a thousandth, wherever the peak moves to."""
+    first = len(CASES) + len(REAL)
+    for line in said[first : first + len(DEEP)]:
+        whole, some = msgspec.json.decode(line, type=list[TracedPeaks])
         assert some.backward == pytest.approx(whole.backward, rel=0.001)
         assert some.optimizer == pytest.approx(whole.optimizer, rel=0.001)
         assert some.traced_blocks == (4, 8, 12)
-    assert [one for (one,) in answers[len(DEEP) :]] == [*traces[: len(CASES) : 8], *traces[len(CASES) :]]
-    for line, (_, _, wanted) in zip(said[len(answers) :], REFUSED, strict=True):
+
+
+@pytest.mark.slow
+def test_what_is_not_traced_is_refused(said: list[str]) -> None:
+    """What the tracer does not follow is refused with what it does, not traced as something else; so is
+    layer-norm tuning of a family for which PEFT names no layers."""
+    for line, (_, _, wanted) in zip(said[-len(REFUSED) :], REFUSED, strict=True):
         assert wanted in line
 
 
