@@ -283,7 +283,8 @@ def report(rows: list[Compared]) -> str:
         "# Memory: closed form against tracer", "",
         f"{len(rows)} settings; median {statistics.median(errors):.2%}, 90th percentile "
         f"{errors[round(0.9 * (len(errors) - 1))]:.2%}, maximum {errors[-1]:.2%}. {versions}.", "",
-        f"IA3 and layer-norm tuning of {' and '.join(WITHOUT)} are refused: PEFT names no layers there.", "",
+        f"IA3 and layer-norm tuning of {' and '.join(WITHOUT)} are not traced: PEFT names no layers there.",
+        "",
     ]  # fmt: skip
     for what, key in (
         ("family", lambda row: row.family), ("tuner", lambda row: row.settings.tuner),

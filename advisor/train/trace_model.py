@@ -130,8 +130,9 @@ def adapters_of(model_type: str, settings: MemorySettings) -> PeftConfig | None:
         kind, families = CHOSEN_BY_PEFT[settings.tuner]
         if model_type not in families:
             raise RefusedError(
-                f"PEFT names no layers of {model_type} for {settings.tuner}, so that no program trains it.",
-                "Use lora.",
+                f"PEFT names no layers of {model_type} for {settings.tuner}; those that are trained then are "
+                "not traced.",
+                "Use --engine closed_form.",
             )
         return kind(task_type=task)
     named = GROUPS.get(settings.target) or tuple(name.strip() for name in settings.target.split(","))
