@@ -319,7 +319,9 @@ class Said:
 def _raise_later(found: sys.UnraisableHookArgs) -> None:
     """Raise a Ctrl-C again that came while llama.cpp was calling, where Python can only drop it."""
     if issubclass(found.exc_type, KeyboardInterrupt):
-        threading.Timer(_LATER_SECONDS, _thread.interrupt_main).start()
+        again = threading.Timer(_LATER_SECONDS, _thread.interrupt_main)
+        again.daemon = True  # a program that ends meanwhile needs none
+        again.start()
     else:
         sys.__unraisablehook__(found)
 

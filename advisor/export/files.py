@@ -18,7 +18,7 @@ from advisor.units import format_bytes
 
 RESERVE_BYTES = 16 << 20
 """Left free for logs and records written afterwards."""
-_HALF = (".*.gguf.part", ".*-merged.part", ".*-prefix.state.part")
+_HALF = (".*.gguf.part", ".*-merged.part", ".*-adapter.part", ".*-prefix.state.part")
 
 
 def proof_file(gguf: Path) -> Path:
@@ -53,14 +53,18 @@ def need_space(folder: Path, needed_bytes: int) -> None:
 def _clear(folder: Path) -> None:
     """Remove half files and folders that nobody writes any more."""
     for left in (one for form in _HALF for one in folder.glob(form)):
-        lock = os.open(left, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(lock)
+        # It is being written, or whoever wrote it has just put it in place.
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            _remove_unlocked(left)
+
+
+def _remove_unlocked(left: Path) -> None:
+    lock = os.open(left, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager

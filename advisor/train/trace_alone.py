@@ -3,11 +3,12 @@
     python -P -m advisor.train.trace_alone < questions.jsonl
 
 Goes in and comes out: as in `advisor.train.trace`, which answers the same with everything imported and twice
-the start. Never does: take the place of anything that a step on the meta device calls.
+the start. Never does: change what is counted.
 
 torch's compiler, its tensors spread over devices, the tables of Hugging Face's data library and bitsandbytes
 (whose matrices have a stand-in in any case) are imported at the top of modules that the tracer needs for
-something else.
+something else. torch's operations on the meta device ask a computer algebra system about sizes that are
+numbers here, and are answered without it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from advisor.errors import RefusedError
@@ -69,3 +72,25 @@ def test_more_tokens_than_were_trained_are_not_set_aside() -> None:
     found = _decide(64, tokens=200_000)
     assert found.context_tokens == 131072
     assert "trained on 131072" in found.notes[0]
+
+
+IN_A_CALL = """
+import ctypes, signal, time
+from advisor.running import Said
+said = Said()
+called = ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(signal.SIGINT))
+try:
+    called()
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_while_llama_cpp_calls_is_not_lost() -> None:
+    """Python drops what is raised in a function that C calls; it is raised again right after."""
+    pytest.importorskip("llama_cpp")
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_CALL], capture_output=True, text=True, check=False, timeout=15
+    )
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
