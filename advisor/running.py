@@ -6,9 +6,10 @@ cache types that llama.cpp computes slowly or not at all.
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 import importlib.util
+import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -319,7 +320,7 @@ class Said:
 def _raise_later(found: sys.UnraisableHookArgs) -> None:
     """Raise a Ctrl-C again that came while llama.cpp was calling, where Python can only drop it."""
     if issubclass(found.exc_type, KeyboardInterrupt):
-        again = threading.Timer(_LATER_SECONDS, _thread.interrupt_main)
+        again = threading.Timer(_LATER_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
         again.daemon = True  # a program that ends meanwhile needs none
         again.start()
     else:
